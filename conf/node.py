@@ -1,0 +1,140 @@
+"""Nodes of a plan: dataclasses whose quantities become SI floats and that nothing can change afterwards.
+
+Plain `frozen=True` is no use here: OmegaConf turns it into a read-only node that refuses nested overrides.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import MISSING
+
+from conf.errors import nearest
+from conf.units import read, spell, unit_of
+
+
+def say(means: str, default: Any = MISSING) -> Any:
+    """A field with its meaning, which help and messages show."""
+    metadata = {"means": means}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Node:
+    """A group of the plan. Text such as "400 Gbit/s" becomes a float on construction; then the node is whole."""
+
+    def __post_init__(self) -> None:
+        for name, annotation in hints(type(self)).items():
+            unit, value = unit_of(annotation), getattr(self, name)
+            if unit and isinstance(value, str) and value != MISSING:
+                object.__setattr__(self, name, read(value, unit))
+        object.__setattr__(self, "_whole", True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_whole"):
+            what = "cannot change" if name in self.__dataclass_fields__ else f"has no {name!r} to set;"
+            raise AttributeError(f"{type(self).__name__} {what} {name if 'cannot' in what else nearest(name, self.__dataclass_fields__)}")
+        object.__setattr__(self, name, value)
+
+    def but(self, **changes: Any) -> Self:
+        """A copy with other values; a nested key is written with its dots: `plan.but(**{"cluster.nodes": 4})`."""
+        here: dict[str, Any] = {}
+        nested: dict[str, dict[str, Any]] = {}
+        for key, value in changes.items():
+            first, _, rest = key.partition(".")
+            if first not in self.__dataclass_fields__:
+                raise AttributeError(f"{type(self).__name__} has no {first!r}; {nearest(first, self.__dataclass_fields__)}")
+            if rest:
+                nested.setdefault(first, {})[rest] = value
+            else:
+                here[first] = value
+        here |= {name: getattr(self, name).but(**inner) for name, inner in nested.items()}
+        return dataclasses.replace(self, **here)
+
+
+@cache
+def hints(kind: type[Node]) -> dict[str, Any]:
+    """The types of a node's fields, units kept."""
+    return get_type_hints(kind, include_extras=True)
+
+
+def build(kind: type[Node], values: Any, at: str, problems: list[str]) -> Any:
+    """A node from plain values, with every problem added to `problems` under its full key."""
+    if not isinstance(values, dict):
+        problems.append(f"{at}={values!r} is not a group; it has the keys {', '.join(hints(kind))}")
+        return None
+    known, result = hints(kind), {}
+    for name in values.keys() - known.keys():
+        problems.append(f"{at}.{name}={values[name]!r} is not a key of {at or 'the plan'}; {nearest(str(name), known)}".lstrip("."))
+    for name, annotation in known.items():
+        key = f"{at}.{name}".lstrip(".")
+        given, default = name in values and values[name] != MISSING, kind.__dataclass_fields__[name].default
+        if not given and default not in (MISSING, dataclasses.MISSING):
+            result[name] = default
+        elif not given:
+            means = kind.__dataclass_fields__[name].metadata.get("means", "")
+            problems.append(f"{key} is missing ({means}); set {key}=…")
+        else:
+            result[name] = _value(annotation, values[name], key, problems)
+    return kind(**result) if len(result) == len(known) and not problems else None
+
+
+def _value(annotation: Any, value: Any, key: str, problems: list[str]) -> Any:
+    if get_origin(annotation) in (Union, UnionType):
+        options = get_args(annotation)
+        if value is None and NoneType in options:
+            return None
+        annotation = next(o for o in options if o is not NoneType)
+    if isinstance(annotation, type) and issubclass(annotation, Node):
+        return build(annotation, value, key, problems)
+    try:
+        return _plain(annotation, value, key, problems)
+    except (ValueError, TypeError) as error:
+        problems.append(f"{key}={value!r}: {error}" if str(value) not in str(error) else f"{key}: {error}")
+        return None
+
+
+def _plain(annotation: Any, value: Any, key: str, problems: list[str]) -> Any:
+    unit, origin = unit_of(annotation), get_origin(annotation)
+    if unit:
+        return read(str(value), unit)
+    if origin is dict:
+        inner = get_args(annotation)[1]
+        return {str(k): _value(inner, v, f"{key}.{k}", problems) for k, v in dict(value).items()}
+    if origin is list:
+        return [_value(get_args(annotation)[0], v, f"{key}[{i}]", problems) for i, v in enumerate(value)]
+    if annotation is bool and not isinstance(value, bool):
+        raise TypeError("expected true or false")
+    if annotation is int:
+        return _whole_number(value)
+    if value is None:
+        raise TypeError("it may not be null")
+    return annotation(value)
+
+
+def _whole_number(value: Any) -> int:
+    try:
+        whole = int(value)
+    except (ValueError, TypeError):
+        whole = None
+    if whole is None or isinstance(value, bool) or float(value) != whole:
+        raise TypeError("expected a whole number, such as 2048")
+    return whole
+
+
+def plain(node: Any) -> Any:
+    """The node as plain values that `build` accepts again: quantities spelt with their unit, exactly."""
+    if not isinstance(node, Node):
+        if isinstance(node, dict):
+            return {k: plain(v) for k, v in node.items()}
+        return [plain(v) for v in node] if isinstance(node, list) else node
+    return {name: _spelt(annotation, getattr(node, name)) for name, annotation in hints(type(node)).items()}
+
+
+def _spelt(annotation: Any, value: Any) -> Any:
+    unit = unit_of(annotation) if get_origin(annotation) not in (dict, list) else None
+    return spell(value, unit) if unit and isinstance(value, float) else plain(value)

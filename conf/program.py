@@ -1,0 +1,213 @@
+"""The program: `foretold VERB [options] [group=option] [key=value]`.
+
+A verb's own options are taken out first; what is left overrides the plan, which Hydra composes once.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.errors import Refused, nearest
+from conf.node import build, plain
+from conf.plan import Plan, groups, keys
+from conf.rules import problems as broken_rules
+from conf.units import show, unit_of
+
+HERE = Path(__file__).parent
+VERBS = {
+    "sim": "predict a plan",
+    "real": "execute a plan",
+    "analysis": "compare prediction and measurement, calibrate, report",
+}
+HELP = """foretold: one plan, predicted, executed and compared
+
+  foretold sim       [options] [group=option] [key=value]   predict a plan
+  foretold real      [options] [group=option] [key=value]   execute it
+  foretold analysis  compare | calibrate | report           put the two side by side
+
+The same plan has the same id everywhere; its records lie in runs/<id>/sim and runs/<id>/real.
+`foretold VERB --help` shows a verb's options and the plan's groups, `foretold VERB --help GROUP` the keys of a group.
+"""
+Options = Mapping[str, tuple[str, str]]  # name: (default, meaning)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; a user's mistake ends in one line a problem and status 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    verb = args.pop(0)
+    try:
+        if verb not in VERBS:
+            raise Refused(f"{verb} is no verb; {nearest(verb, VERBS)}")
+        return int(importlib.import_module(f"{verb}.__main__").main(args))
+    except Refused as refused:
+        for problem in refused.problems:
+            print(f"foretold {verb}: {problem}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away
+        return 0
+
+
+def run(verb: str) -> None:
+    """`python -m VERB`."""
+    sys.exit(main([verb, *sys.argv[1:]]))
+
+
+def split(args: Sequence[str], options: Options) -> tuple[dict[str, str], list[str]]:
+    """The verb's own options with their defaults, and the overrides of the plan."""
+    chosen, rest = {name: default for name, (default, _) in options.items()}, []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if equals and name in options:
+            chosen[name] = value
+        else:
+            rest.append(arg)
+    return chosen, rest
+
+
+def flag(options: Mapping[str, str], name: str) -> bool:
+    value = options[name].lower()
+    if value not in ("true", "false"):
+        raise Refused(f"{name}={options[name]} is neither true nor false; write {name}=true")
+    return value == "true"
+
+
+def count(options: Mapping[str, str], name: str) -> int:
+    if not options[name].isdigit() or int(options[name]) < 1:
+        raise Refused(f"{name}={options[name]} is no whole number above 0; write for example {name}=20")
+    return int(options[name])
+
+
+def load(overrides: Sequence[str]) -> Plan:
+    """The plan that the defaults and these overrides make.
+
+    Raises Refused with every problem at once.
+    """
+    _no_sweep(overrides)
+    found = _unknown_options(overrides)
+    if found:
+        raise Refused(*found)
+    values = _compose(overrides)
+    plan = build(Plan, values, "", found)
+    found += [] if plan is None else broken_rules(plan)
+    if found:
+        raise Refused(*found)
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def to_yaml(plan: Plan) -> str:
+    """The resolved plan, readable and exact."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(plain(plan)))
+
+
+def from_yaml(path: Path) -> Plan:
+    """The plan that `to_yaml` wrote.
+
+    Raises Refused when the file is not a whole plan.
+    """
+    from omegaconf import OmegaConf
+
+    found: list[str] = []
+    try:
+        plan = build(Plan, OmegaConf.to_container(OmegaConf.load(path)), "", found)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} is no plan: {error}") from error
+    if found or not isinstance(plan, Plan):
+        raise Refused(*(f"{path}: {problem}" for problem in found))
+    return plan
+
+
+def _no_sweep(overrides: Sequence[str]) -> None:
+    strange = [arg for arg in overrides if arg.startswith("-")]
+    if strange:
+        raise Refused(f"{strange[0]} is no option; options are written name=value, and --help lists them")
+    bare = [arg for arg in overrides if "=" not in arg and not arg.startswith("~")]
+    if bare:
+        raise Refused(f"{bare[0]} is neither an option nor group=option nor key=value; see --help")
+
+
+def choices(group: str) -> list[str]:
+    """The options of a group: the files in its folder."""
+    return sorted(path.stem for path in (HERE / group).glob("*.yaml"))
+
+
+def _unknown_options(overrides: Sequence[str]) -> list[str]:
+    found = []
+    for name, _, value in (arg.lstrip("+").partition("=") for arg in overrides):
+        if name in (*groups(), "experiment") and value not in choices(name):
+            found.append(f"{name}={value} is no {name}; {nearest(value, choices(name))}")
+    return found
+
+
+def _compose(overrides: Sequence[str]) -> Any:
+    """Plain values of the composed plan; a plan that Hydra refuses is composed without the schema, so that all its problems show."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    logging.getLogger("hydra").setLevel(logging.ERROR)
+    safe = [_quoted(arg) for arg in overrides]
+    store = ConfigStore.instance()
+    with initialize_config_module("conf", version_base="1.3"):
+        for schema, words in ((Plan, safe), ({}, [_forced(arg) for arg in safe])):
+            store.store(name="schema", node=schema)
+            try:
+                config = compose("plan", words)
+                return OmegaConf.to_container(config, resolve=True)
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                trouble = error
+    raise Refused(" ".join(str(trouble).split("\n")[0].split()))
+
+
+def _quoted(arg: str) -> str:
+    """Paths may hold commas, blanks and equals signs, which Hydra's grammar would read as its own."""
+    name, equals, value = arg.partition("=")
+    if name.lstrip("+") in ("data.path", "profile") and equals and value not in ("null", "python") and value[:1] not in "'\"":
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"{name}='{escaped}'"
+    return arg
+
+
+def _forced(arg: str) -> str:
+    name = arg.lstrip("+").partition("=")[0]
+    return arg if name in (*groups(), "experiment") or arg.startswith("~") else "++" + arg.lstrip("+")
+
+
+def explain(verb: str, usage: str, options: Options, about: str = "") -> str:
+    """Help that teaches: options, groups with their choices, or the keys of one group with their values and meaning."""
+    if about:
+        return _explain_group(about)
+    lines = [usage.strip(), "", "options"]
+    lines += [f"  {name + '=' + default:22} {means}" for name, (default, means) in options.items()]
+    lines += ["", f"groups (foretold {verb} --help GROUP shows its keys)"]
+    lines += [f"  {name:12} {', '.join(choices(name))}" for name in (*groups(), "experiment") if choices(name)]
+    lines += ["", "keys of the plan itself"]
+    lines += [f"  {key:12} {means}" for key, (_, means) in keys().items() if "." not in key]
+    return "\n".join(lines)
+
+
+def _explain_group(group: str) -> str:
+    if group not in groups():
+        raise Refused(f"{group} is no group; {nearest(group, groups())}")
+    plan = load([])
+    lines = [f"{group}: {', '.join(choices(group))}", ""]
+    for key, (annotation, means) in keys().items():
+        if key.startswith(group + "."):
+            value: Any = plan
+            for part in key.split("."):
+                value = getattr(value, part)
+            unit = unit_of(annotation)
+            shown = show(value, unit) if unit and isinstance(value, float) else str(value)
+            lines.append(f"  {key:28} {shown[:34]:36} {means}")
+    return "\n".join(lines)

@@ -1,0 +1,225 @@
+"""The record of a run: what was observed, what happened, where the time went.
+
+One folder a run. While it lives, each rank appends JSON lines; at the close they are sealed into Parquet. Readers
+take both and drop a torn last line, so the record of a crashed run stays readable.
+
+    plan.yaml       the resolved plan
+    ledger          rows of at [s], stage, quantity, value, unit, step, rank
+    events          rows of at [s], stage, event, step, rank, detail (JSON)
+    trace.json      spans, for Perfetto
+    summary.json    {"plan", "program", "quantities": {"<stage>.<quantity>": {"value", "unit", "low", "high"}}}
+"""
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from conf.errors import Refused
+from conf.files import commit, refusal, write
+
+# The states a rank can be in, exclusive: their sum is ranks × wall clock, in both worlds.
+STATES = ("init", "compute", "communication", "bubble", "data", "optimizer", "evaluate", "checkpoint", "detect", "abort",
+          "diagnose", "reallocate", "load", "replay", "paused", "generate", "score", "logprob", "sync", "queue", "idle")  # fmt: skip
+
+# quantity: (unit, meaning); the same name means the same in every stage
+QUANTITIES: dict[str, tuple[str, str]] = {
+    "step_time": ("s", "wall clock of one optimizer step, median"),
+    "tokens_per_s": ("token/s", "tokens processed a second, all ranks"),
+    "tokens_per_s_per_gpu": ("token/s", "tokens processed a second and device"),
+    "mfu": ("1", "model FLOPs utilisation, PaLM convention (full attention), of the peak at the plan's precision"),
+    "peak_memory": ("B", "most memory a rank held above its start"),
+    "final_loss": ("nat", "held-out loss a token at the end"),
+    "loss": ("nat", "training loss a token of one step"),
+    "gradient_norm": ("1", "global gradient norm of one step, before clipping"),
+    "learning_rate": ("1", "learning rate of one step"),
+    "held_out_loss": ("nat", "held-out loss a token"),
+    "held_out_bits_per_byte": ("bit/B", "held-out loss in bits a byte of text"),
+    "bigram_bits_per_byte": ("bit/B", "the same of an interpolated bigram trained on the tokens that the model saw"),
+    "parameters": ("count", "parameters of the model"),
+    "checkpoint_bytes": ("B", "size of one checkpoint"),
+    "wall_clock": ("s", "time from start to end"),
+    "goodput": ("1", "useful tokens over those of an undisturbed run in the same time"),
+    "ettr": ("1", "effective training time ratio: time in steps that counted over wall clock of pre-training"),
+    "interruptions": ("count", "times the job stopped and came back"),
+    "interruptions_unexpected": ("count", "of these, not planned"),
+    "tokens": ("token", "tokens trained on"),
+    "gpu_hours": ("h", "device-hours held, spares included"),
+    "energy": ("J", "energy at the building's meter"),
+    "carbon_location": ("gCO2e", "operational carbon of the grid's hourly mix"),
+    "carbon_market": ("gCO2e", "operational carbon after contracts"),
+    "carbon_embodied": ("gCO2e", "share of the carbon of making the devices"),
+    "water": ("L", "water used on site and for generation"),
+    "cost": ("USD", "device-hours at the plan's price"),
+    "peak_power": ("W", "highest power at the building's meter"),
+    "documents": ("count", "documents that left the stage"),
+    "documents_per_s": ("1/s", "documents that entered the stage, a second"),
+    "bytes": ("B", "bytes of text that entered the stage"),
+    "removed_fraction": ("1", "share of documents removed"),
+    "power": ("W", "power at the building's meter"),
+    "seconds": ("s", "wall clock of the stage"),
+    **{state: ("s", f"rank-seconds in state {state}") for state in STATES},
+}
+
+
+class Value(NamedTuple):
+    """A number with its 10th and 90th percentile, where there is a distribution."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Record:
+    """Writes the record of one rank; `live` appends every line to the disk when `flush` is called."""
+
+    def __init__(self, folder: Path, rank: int | None = 0, live: bool = True, began: float = 0.0) -> None:
+        self.folder, self.rank, self.live = folder, rank, live
+        self.zero = time.perf_counter() - began
+        self.lines: dict[str, list[str]] = defaultdict(list)
+        if live:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise refusal(error, folder) from error
+
+    def now(self) -> float:
+        """Seconds since the run began, earlier attempts included."""
+        return time.perf_counter() - self.zero
+
+    def observe(self, stage: str, quantity: str, value: float, step: int | None = None, at: float | None = None) -> None:
+        """One row of the ledger; the quantity must be a known one."""
+        unit = QUANTITIES[quantity][0]
+        row = {"at": self.now() if at is None else at, "stage": stage, "quantity": quantity, "value": value, "unit": unit}
+        self._append("ledger", row | {"step": step, "rank": self.rank})
+
+    def event(self, stage: str, event: str, step: int | None = None, at: float | None = None, **detail: Any) -> None:
+        row = {"at": self.now() if at is None else at, "stage": stage, "event": event, "step": step, "rank": self.rank}
+        self._append("events", row | {"detail": json.dumps(detail)})
+
+    def span(self, name: str, start: float, stop: float, stage: str, step: int | None = None, lane: str = "") -> None:
+        """A bar in the trace."""
+        where: dict[str, Any] = {"pid": stage, "tid": lane or f"rank {self.rank}"}
+        bar = {"name": name, "ph": "X", "ts": round(start * 1e6, 1), "dur": round((stop - start) * 1e6, 1)}
+        self._append("spans", bar | where | ({"args": {"step": step}} if step is not None else {}))
+
+    @contextmanager
+    def during(self, name: str, stage: str) -> Iterator[None]:
+        start = self.now()
+        yield
+        self.span(name, start, self.now(), stage)
+
+    def _append(self, file: str, row: Mapping[str, Any]) -> None:
+        self.lines[file].append(json.dumps(row))
+
+    def flush(self) -> None:
+        """Append what was said since the last flush, whole lines only."""
+        if not self.live:
+            return
+        for file, lines in self.lines.items():
+            if lines:
+                path = self.folder / f"{file}.rank{self.rank}.jsonl"
+                try:
+                    with path.open("a") as out:
+                        out.write("\n".join(lines) + "\n")
+                except OSError as error:
+                    raise refusal(error, path) from error
+                lines.clear()
+
+
+def seal(folder: Path, records: Iterable[Record] = ()) -> None:
+    """Gather the JSON lines of all ranks into ledger.parquet, events.parquet and trace.json."""
+    for file, columns in (("ledger", _LEDGER), ("events", _EVENTS)):
+        rows = read(folder, file) + [json.loads(line) for r in records if not r.live for line in r.lines[file]]
+        _parquet(folder / f"{file}.parquet", sorted(rows, key=lambda row: row["at"]), columns)
+    bars = _lines(folder, "spans") + [json.loads(line) for r in records if not r.live for line in r.lines["spans"]]
+    bars = _earlier_bars(folder) + bars
+    write(folder / "trace.json", json.dumps({"traceEvents": bars, "displayTimeUnit": "ms"}))
+    for path in folder.glob("*.rank*.jsonl"):
+        path.unlink()
+
+
+_LEDGER = {"at": "double", "stage": "string", "quantity": "string", "value": "double", "unit": "string", "step": "int64", "rank": "int64"}
+_EVENTS = {"at": "double", "stage": "string", "event": "string", "step": "int64", "rank": "int64", "detail": "string"}
+
+
+def _parquet(path: Path, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
+    table = pa.table({name: [row.get(name) for row in rows] for name in columns}, schema=schema)
+    commit(path, lambda temporary: pq.write_table(table, temporary))
+
+
+def _earlier_bars(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "trace.json"
+    return list(json.loads(path.read_text())["traceEvents"]) if path.is_file() else []
+
+
+def _lines(folder: Path, file: str) -> list[dict[str, Any]]:
+    rows = []
+    for path in sorted(folder.glob(f"{file}.rank*.jsonl")):
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # the line that a crash tore
+    return rows
+
+
+def read(folder: Path, file: str) -> list[dict[str, Any]]:
+    """All rows of "ledger" or "events", sealed or still being written."""
+    rows: list[dict[str, Any]] = []
+    path = folder / f"{file}.parquet"
+    if path.is_file():
+        import pyarrow.parquet as pq
+
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise Refused(f"{path} is no readable Parquet file ({error}); delete the folder {folder} and run again") from error
+    return rows + _lines(folder, file)
+
+
+def summarise(folder: Path, plan_id: str, program: str, quantities: Mapping[str, float | Value]) -> dict[str, Any]:
+    """Write summary.json and return it. A value that is not finite is left out: it was not measured."""
+    told = {}
+    for name, value in quantities.items():
+        v = value if isinstance(value, Value) else Value(value)
+        if math.isfinite(v.value):
+            told[name] = {"value": v.value, "unit": QUANTITIES[name.split(".")[1]][0], "low": v.low, "high": v.high}
+    summary = {"plan": plan_id, "program": program, "quantities": told}
+    write(folder / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """summary.json of a run, or None when there is none.
+
+    Raises Refused for a file that is not a summary.
+    """
+    path = folder / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_text())
+        summary["quantities"], summary["plan"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{path} is no summary of a run ({error}); delete it and run again") from error
+    return dict(summary)
+
+
+def state_totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Rank-seconds by state over a ledger."""
+    totals: dict[str, float] = defaultdict(float)
+    for row in rows:
+        if row["quantity"] in STATES:
+            totals[row["quantity"]] += row["value"]
+    return dict(totals)
+
+
