@@ -1,0 +1,207 @@
+"""Compare: a plan's prediction beside its measurement, quantity by quantity and state by state."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from analysis.pair import Pair, Side, open_pair, unit_of
+from conf.arithmetic import parameters
+from conf.plan import Plan
+from conf.program import flag
+from conf.record import QUANTITIES, STATES
+from conf.units import show
+
+OPTIONS = {
+    "runs": ("runs", "folder of the records"),
+    "plan": ("", "id of the plan; empty = the one measured last"),
+    "json": ("false", "print one JSON object and nothing else"),
+}
+STAGES = ("run", "crawl", "extract", "dedup", "tokens", "pretrain", "finetune", "align", "kernels", "network")
+_STEP = "pretrain.step_time"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity, foretold and seen."""
+
+    name: str
+    unit: str
+    predicted: float | None
+    low: float | None
+    high: float | None
+    measured: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured over predicted."""
+        return self.measured / self.predicted if self.predicted and self.measured is not None else None
+
+    @property
+    def band(self) -> str:
+        return "–" if self.low is None or self.high is None else f"{show(self.low, self.unit)} – {show(self.high, self.unit)}"
+
+
+@dataclass(frozen=True)
+class State:
+    """Rank-seconds in one state, foretold and seen, and its share of the run (the measured one where there is one)."""
+
+    name: str
+    predicted: float | None
+    measured: float | None
+    share: float
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.predicted is None or self.measured is None else self.measured - self.predicted
+
+
+def compare(options: Mapping[str, str]) -> int:
+    """Print the comparison; exit status 0."""
+    pair = open_pair(options["runs"], options["plan"])
+    print(json.dumps(as_json(pair), indent=1) if flag(options, "json") else as_text(pair))
+    return 0
+
+
+def quantities(pair: Pair) -> list[Row]:
+    """Every quantity that either side knows, the run as a whole first, then stage by stage."""
+    names = {name for side in pair.sides for name in side.quantities}
+    rows = []
+    for name in sorted(names, key=_place):
+        predicted = pair.sim.quantities.get(name) if pair.sim else None
+        low, high = (predicted.low, predicted.high) if predicted else (None, None)
+        measured = pair.real.value(name) if pair.real else None
+        rows.append(Row(name, unit_of(name) or "", predicted.value if predicted else None, low, high, measured))
+    return rows
+
+
+def _place(name: str) -> tuple[int, str, int]:
+    stage, _, quantity = name.partition(".")
+    return (STAGES.index(stage) if stage in STAGES else len(STAGES)), stage, list(QUANTITIES).index(quantity)
+
+
+def states(pair: Pair) -> list[State]:
+    """Where the time of all ranks went; each column sums to ranks × wall clock."""
+    predicted, measured = (side.states if side else {} for side in (pair.sim, pair.real))
+    shown = measured or predicted
+    total = sum(shown.values()) or 1.0
+    return [
+        State(name, predicted.get(name, 0.0) if predicted else None, measured.get(name, 0.0) if measured else None, shown.get(name, 0) / total)
+        for name in STATES
+        if predicted.get(name) or measured.get(name)
+    ]
+
+
+def rank_seconds(pair: Pair, side: Side | None) -> float | None:
+    """Ranks × wall clock, which the states must add up to."""
+    wall = side.value("run.wall_clock") if side else None
+    return None if wall is None else pair.plan.ranks * wall
+
+
+def verdict(pair: Pair) -> str:
+    """Whether a step took as long as foretold, in one sentence."""
+    row = next((row for row in quantities(pair) if row.name == _STEP), Row(_STEP, "s", None, None, None, None))
+    if row.measured is None:
+        return "No step has been measured: run foretold real." if row.predicted is None else _unmeasured(row)
+    if row.ratio is None:
+        return f"A step took {show(row.measured, 's')}; nothing was predicted: run foretold sim."
+    error = row.ratio - 1
+    how = "as predicted" if abs(error) < 0.005 else f"{abs(error):.1%} {'slower' if error > 0 else 'faster'} than predicted"
+    return f"A step took {show(row.measured, 's')}, where {show(row.predicted, 's')} was predicted: {how}{_inside(row)}."
+
+
+def _unmeasured(row: Row) -> str:
+    return f"A step is predicted to take {show(row.predicted, 's')}; nothing was measured: run foretold real."
+
+
+def _inside(row: Row) -> str:
+    if row.low is None or row.high is None or row.measured is None:
+        return ""
+    return f", {'inside' if row.low <= row.measured <= row.high else 'outside'} the predicted 10–90% band ({row.band})"
+
+
+def learning(pair: Pair) -> str | None:
+    """What the model learnt beside what counting pairs of tokens learns, when it was measured."""
+    real = pair.real
+    model, bigram = (real.value(f"pretrain.{who}_bits_per_byte") if real else None for who in ("held_out", "bigram"))
+    if model is None:
+        return None
+    if not bigram:
+        return f"On text that it never saw, the model needs {show(model, 'bit/B')}."
+    better = f"{abs(1 - model / bigram):.0%} {'less' if model < bigram else 'more'}"
+    return f"On text that it never saw, the model needs {show(model, 'bit/B')}: {better} than a bigram of the same tokens ({show(bigram, 'bit/B')})."
+
+
+def sentence(plan: Plan) -> str:
+    """The plan in one line."""
+    cluster, train = plan.cluster, plan.train
+    length = f"{train.steps:,} steps" if train.steps is not None else f"{show(train.stop_after, 's')} of steps"
+    where = f"{cluster.ranks:,} × {plan.gpu.name} ({cluster.name})"
+    return f"{plan.model.name}, {large(parameters(plan.model))} parameters, on {where}, {length} of {plan.tokens_per_step:,} tokens"
+
+
+def large(count: float) -> str:
+    """A large count as models are spoken of.
+
+    >>> large(2_020_000), large(8.03e9), large(405_853_388_800)
+    ('2.0 M', '8.0 B', '406 B')
+    """
+    size, name = next((s for s in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= s[0]), (1.0, ""))
+    return f"{count / size:.1f} {name}" if count < 100 * size else f"{count / size:.0f} {name}"
+
+
+def when(side: Side | None) -> str:
+    if side is None:
+        return "–"
+    at = datetime.fromtimestamp(side.written, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return at if side.finished else f"{at}, unfinished"
+
+
+def as_json(pair: Pair) -> dict[str, object]:
+    told = {
+        row.name: {"unit": row.unit, "predicted": row.predicted, "low": row.low, "high": row.high, "measured": row.measured, "ratio": row.ratio}
+        for row in quantities(pair)
+    }
+    spent = {s.name: {"predicted": s.predicted, "measured": s.measured, "difference": s.difference, "share": s.share} for s in states(pair)}
+    return {"plan": pair.id, "unfinished": bool(pair.real and not pair.real.finished), "quantities": told, "states": spent}
+
+
+def as_text(pair: Pair) -> str:
+    """The comparison for a person on a terminal."""
+    head = [f"{pair.id}  {sentence(pair.plan)}", f"predicted {when(pair.sim)}   measured {when(pair.real)}"]
+    told = [("quantity", "predicted", "10–90%", "measured", "ratio")]
+    told += [(r.name, show(r.predicted, r.unit), r.band, show(r.measured, r.unit), show_ratio(r.ratio)) for r in quantities(pair)]
+    parts = [*head, "", *columns(told), ""]
+    if states(pair):
+        parts += [*columns(_spent(pair)), ""]
+    return "\n".join([*parts, verdict(pair), *filter(None, [learning(pair)])])
+
+
+def _spent(pair: Pair) -> list[tuple[str, ...]]:
+    found = states(pair)
+    told = [("state", "predicted rank-s", "measured rank-s", "difference", "share of the run")]
+    told += [(s.name, show(s.predicted, "s"), show(s.measured, "s"), signed(s.difference), f"{s.share:.1%}") for s in found]
+    sums = [total([s.predicted for s in found]), total([s.measured for s in found])]
+    walls = [rank_seconds(pair, pair.sim), rank_seconds(pair, pair.real)]
+    told += [(name, *(show(v, "s") for v in both), "", "") for name, both in (("sum", sums), (f"{pair.plan.ranks:,} ranks × wall clock", walls))]
+    return told
+
+
+def total(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def show_ratio(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.3f}"
+
+
+def signed(seconds: float | None) -> str:
+    return ("+" if seconds and seconds > 0 else "") + show(seconds, "s")
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as aligned text, the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    return [lines[0], "  ".join("─" * w for w in widths), *lines[1:]]

@@ -1,0 +1,146 @@
+"""`foretold real`: execute a plan, or parts of it, or measure this machine."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conf.arithmetic import parameters
+from conf.errors import Refused, nearest
+from conf.plan import Plan
+from conf.program import explain, flag, load, run, split
+from conf.record import read_summary
+from conf.units import show
+from real.life import DATA, STAGES, Life
+
+USAGE = """
+foretold real [options] [group=option] [key=value]   execute a plan
+
+  foretold real                                  the default plan: this machine's Python library, two million parameters
+  foretold real data.path='corpus/**/*.txt'      your own text
+  foretold real only=extract,dedup,tokens        some stages
+  foretold real only=kernels,network             time this machine's operations, for `foretold analysis calibrate`
+  torchrun --nproc-per-node 2 -m real            ranks started by torchrun
+
+A run that was cut goes on where it stopped when the same command is given again.
+"""
+OPTIONS = {
+    "only": ("all", f"stages to run, with commas: {', '.join(STAGES)}; or kernels, network to time this machine"),
+    "fresh": ("false", "delete this plan's earlier run first"),
+    "runs": ("runs", "folder of the records"),
+    "json": ("false", "print summary.json and nothing else"),
+}
+MEASURES = ("kernels", "network")
+
+
+def main(args: list[str]) -> int:
+    if "--help" in args or "-h" in args:
+        about = args[-1] if args[-1] not in ("--help", "-h") else ""
+        print(explain("real", USAGE, OPTIONS, about))
+        return 0
+    options, overrides = split(args, OPTIONS)
+    quiet, only = flag(options, "json"), _parts(options["only"])
+    plan = load(overrides)
+    measure = bool(set(only) & set(MEASURES))
+    folder = Path(options["runs"]).resolve() / plan.id / ("measure" if measure else "real")
+    if flag(options, "fresh"):
+        shutil.rmtree(folder, ignore_errors=True)
+    with _quiet(quiet):
+        _announce(plan, folder)
+        try:
+            told = _run(plan, folder, only)
+        except KeyboardInterrupt:
+            words = " ".join(["foretold real", *overrides])
+            print(f"\nstopped; the record so far is in {folder}; go on with: {words}", file=sys.stderr)
+            return 130
+        if told:
+            _result(plan, told, folder, overrides)
+    if quiet:
+        print((folder / "summary.json").read_text())
+    return 0
+
+
+def _parts(asked: str) -> list[str]:
+    if asked == "all":
+        return list(STAGES)
+    parts = asked.split(",")
+    for part in parts:
+        if part not in (*STAGES, *MEASURES):
+            raise Refused(f"only={part} is no stage; {nearest(part, (*STAGES, *MEASURES))}")
+    return parts
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """With json=true what a person reads goes to standard error, also from the ranks."""
+    if not quiet:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _run(plan: Plan, folder: Path, only: Sequence[str]) -> dict[str, Any]:
+    """The stages on their ranks; under torchrun the first rank alone works on the data, the others meet it at training."""
+    needs_ranks = bool(set(only) - set(DATA))
+    if needs_ranks:
+        from real import cluster
+        from real.parallel import refuse_unbuilt
+
+        refuse_unbuilt(plan)
+        cluster.check(plan)
+    first = int(os.environ.get("RANK", "0")) == 0
+    life = Life(plan, folder, _say)
+    if first and set(only) & set(DATA):
+        life.data([name for name in DATA if name in only])
+    if set(only) & set(MEASURES):
+        life.measure([name for name in MEASURES if name in only])
+    if "pretrain" in only:
+        life.pretrain()
+    return life.close() if first else {}
+
+
+def _say(text: str) -> None:
+    """A line; one that starts with a carriage return is passing, and shows only on a terminal."""
+    if not text.startswith("\r"):
+        print(("\r\033[K" if sys.stdout.isatty() else "") + text, flush=True)
+    elif sys.stdout.isatty():
+        print(f"\r\033[K{text[1:]}", end="", flush=True)
+
+
+def _announce(plan: Plan, folder: Path) -> None:
+    """Every derived number before the first second is spent."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    axes = " × ".join(f"{name} {size}" for name, size in plan.axes.items() if size > 1) or "one rank"
+    steps = f"{plan.train.steps:,} steps" if plan.train.steps else f"for {show(plan.train.stop_after, 's')}"
+    batch = f"{plan.train.global_batch} sequences × {plan.train.seq_len} = {plan.tokens_per_step:,} tokens"
+    print(f"plan {plan.id}: {plan.model.name}, {parameters(plan.model):,} parameters, on {plan.ranks} × {plan.gpu.name} ({axes})")
+    print(f"{steps} of {batch}, {plan.accumulation} micro-batches of {plan.train.micro_batch} a rank; record in {folder}", flush=True)
+
+
+def _result(plan: Plan, told: dict[str, Any], folder: Path, overrides: Sequence[str]) -> None:
+    quantities = told["quantities"]
+    shown = {n: show(q["value"], q["unit"]) for n, q in quantities.items() if not n.startswith("state.")}
+    print()
+    for name, text in shown.items():
+        print(f"  {name:34} {text}")
+    print(f"\nrecord: {folder}")
+    if folder.name == "measure":
+        print("next: foretold analysis calibrate")
+    else:
+        print("next: foretold analysis compare" if read_summary(folder.parent / "sim") else f"next: foretold sim {' '.join(overrides)}")
+
+
+if __name__ == "__main__":
+    run("real")

@@ -1,0 +1,131 @@
+"""Checkpoints: whole or absent, verified before they are trusted.
+
+A checkpoint is written into a hidden folder, flushed, sealed with a manifest that holds the digest of every file, and
+renamed. A folder without its manifest is a torn checkpoint and is never read. Torch's own metadata is a pickle: it is
+read only after its digest agrees with a manifest that names this plan.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+from conf.errors import Refused
+from conf.files import refusal, write
+from conf.plan import Plan
+from real.stage import sha256
+
+
+def save(folder: Path, plan: Plan, model: nn.Module, optimizer: Optimizer, step: int) -> int:
+    """Save after `step` optimizer steps; all ranks call it. Returns the bytes on disk.
+
+    Raises Refused when the disk is full; the previous checkpoint is untouched.
+    """
+    final, aside = folder / f"step-{step:08}", folder / f".step-{step:08}"
+    first = rank() == 0
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True, exist_ok=True)
+    barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    try:
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=not dist.is_initialized())
+    except Exception as error:  # torch wraps what each rank met
+        cause = next((e for e in _causes(error) if isinstance(e, OSError)), None)
+        if cause is None and "No space left" not in str(error):
+            raise
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise refusal(cause or OSError(28, "No space left on device"), aside) from error
+    barrier()
+    if first:
+        _seal(aside, final, plan, step)
+        _forget(folder, plan.checkpoint.keep)
+    barrier()
+    return sum(f.stat().st_size for f in final.iterdir())
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An exception with all that led to it, those of other ranks included."""
+    inner = [cause for pair in getattr(error, "failures", {}).values() for cause in pair if isinstance(cause, BaseException)]
+    return [error, *inner, *([error.__cause__] if error.__cause__ else []), *([error.__context__] if error.__context__ else [])]
+
+
+def _seal(aside: Path, final: Path, plan: Plan, step: int) -> None:
+    files = sorted(p for p in aside.iterdir() if p.is_file())
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    digests = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    samples = step * plan.train.global_batch
+    write(aside / "manifest.json", json.dumps({"plan": plan.id, "step": step, "samples": samples, "files": digests}, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+
+
+def _forget(folder: Path, keep: int) -> None:
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def complete(folder: Path) -> list[Path]:
+    """Sealed checkpoints, oldest first."""
+    return sorted(p.parent for p in folder.glob("step-*/manifest.json"))
+
+
+def newest(folder: Path, plan: Plan) -> tuple[Path, int] | None:
+    """The newest checkpoint that is whole and belongs to this plan, with its step; None when there is none at all.
+
+    Raises Refused when checkpoints exist and none can be trusted: it names each with its reason.
+    """
+    reasons = []
+    for path in reversed(complete(folder)):
+        reason, manifest = check(path, plan)
+        if reason is None:
+            return path, int(manifest["step"])
+        reasons.append(f"{path}: {reason}")
+    if reasons:
+        raise Refused(*(f"{reason}; delete it to start without it" for reason in reasons))
+    return None
+
+
+def check(path: Path, plan: Plan) -> tuple[str | None, dict[str, Any]]:
+    """Why a checkpoint cannot be used, or None; and its manifest."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files, owner = manifest["files"], manifest["plan"]
+    except (ValueError, KeyError, TypeError) as error:
+        return f"its manifest is corrupt ({error})", {}
+    if owner != plan.id:
+        return f"it belongs to plan {owner}, this is plan {plan.id}; a checkpoint goes on only under its own plan", manifest
+    for name, facts in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing", manifest
+        if file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]:
+            return f"{name} is corrupt: its digest differs from the manifest's", manifest
+    return None, manifest
+
+
+def load(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Fill model and optimizer, bit for bit, on any number of ranks."""
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

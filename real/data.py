@@ -1,0 +1,155 @@
+"""Tokens for the trainer: which sequence comes when is a function of (seed, index) and of nothing else.
+
+The order of an epoch is a permutation computed index by index (a Feistel network with cycle-walking), so there is no
+shuffle table to store, and the data cursor of a checkpoint is one integer.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from conf.errors import Refused
+from conf.plan import Plan
+from real.stage import Manifest
+
+MAGIC = b"MMIDIDX\x00\x00"
+CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
+
+
+def write_shard(prefix: Path, documents: list[np.ndarray]) -> None:
+    """Tokens of documents as Megatron-LM's indexed dataset: flat .bin, and .idx with lengths, offsets and documents."""
+    dtype = documents[0].dtype if documents else np.dtype(np.uint16)
+    lengths = np.array([len(d) for d in documents], np.int32)
+    pointers = np.concatenate(([0], np.cumsum(lengths[:-1], dtype=np.int64))) * dtype.itemsize if len(lengths) else np.zeros(0)
+    with prefix.with_suffix(".idx").open("wb") as index:
+        index.write(MAGIC + struct.pack("<QBQQ", 1, CODES[dtype], len(lengths), len(lengths) + 1))
+        index.write(lengths.tobytes() + pointers.astype(np.int64).tobytes())
+        index.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+    with prefix.with_suffix(".bin").open("wb") as out:
+        for document in documents:
+            out.write(document.tobytes())
+
+
+def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
+    """Token type and document lengths of an .idx file.
+
+    Raises Refused when the file is not one, or is cut short.
+    """
+    data = path.read_bytes()
+    try:
+        version, code, sequences, _ = struct.unpack_from("<QBQQ", data, len(MAGIC))
+        dtype = next(d for d, c in CODES.items() if c == code)
+        lengths = np.frombuffer(data, np.int32, sequences, len(MAGIC) + 25)
+    except (struct.error, StopIteration, ValueError) as error:
+        raise Refused(f"{path} is no Megatron index ({error}); delete it and run the same command again: it is made anew") from error
+    if data[: len(MAGIC)] != MAGIC or version != 1:
+        raise Refused(f"{path} is no Megatron index of version 1; delete it and run the same command again: it is made anew")
+    return dtype, lengths
+
+
+class Tokens:
+    """The token stream of one split, cut into windows of seq_len inputs and as many targets, shifted by one."""
+
+    def __init__(self, folder: Path, split: str, seq_len: int) -> None:
+        manifest = Manifest.read(folder)
+        self.seq_len = seq_len
+        self.shards = []
+        for output in manifest.outputs:
+            if output["path"].startswith(split) and output["path"].endswith(".bin"):
+                path = manifest.verified(output)
+                dtype, lengths = read_index(manifest.verified_twin(output, ".idx"))
+                if int(lengths.sum()) * dtype.itemsize != path.stat().st_size:
+                    raise Refused(f"{path} holds {path.stat().st_size} bytes, its index says {int(lengths.sum()) * dtype.itemsize}; delete both")
+                if len(lengths):
+                    self.shards.append(np.memmap(path, dtype, mode="r"))
+        self.starts = np.concatenate(([0], np.cumsum([len(s) for s in self.shards]))).astype(np.int64)
+
+    def __len__(self) -> int:
+        """Windows in the stream."""
+        return max(0, (int(self.starts[-1]) - 1) // self.seq_len)
+
+    def window(self, index: int) -> np.ndarray:
+        """Tokens of window `index`, one more than seq_len, int64."""
+        start, parts = index * self.seq_len, []
+        left = self.seq_len + 1
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while left:
+            offset = start - self.starts[shard]
+            part = self.shards[shard][offset : offset + left]
+            parts.append(part)
+            left, start, shard = left - len(part), start + len(part), shard + 1
+        return np.concatenate(parts).astype(np.int64)
+
+
+class Order:
+    """Position of sample 0, 1, 2, … in the corpus: epoch after epoch, each in its own order."""
+
+    def __init__(self, windows: int, seed: int) -> None:
+        self.windows, self.seed = windows, seed
+
+    @cached_property
+    def half(self) -> int:
+        return max(1, ((self.windows - 1).bit_length() + 1) // 2)
+
+    def __getitem__(self, sample: int) -> int:
+        epoch, position = divmod(sample, self.windows)
+        while True:  # walk the cycle until it lands inside
+            position = self._feistel(position, epoch)
+            if position < self.windows:
+                return position
+
+    def _feistel(self, value: int, epoch: int) -> int:
+        mask = (1 << self.half) - 1
+        left, right = value >> self.half, value & mask
+        for round_ in range(4):
+            key = struct.pack("<qqqq", self.seed, epoch, round_, right)
+            mixed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") & mask
+            left, right = right, left ^ mixed
+        return left << self.half | right
+
+
+def refuse_small(tokens: Tokens, plan: Plan, split: str) -> None:
+    need = plan.train.global_batch if split == "train" else 1
+    if len(tokens) < need:
+        have = f"{int(tokens.starts[-1])} tokens = {len(tokens)} sequences of {plan.train.seq_len}"
+        wanted = f"one batch needs {need}" if split == "train" else "evaluation needs at least one"
+        raise Refused(f"the {split} split of data.path={plan.data.path} has {have}; {wanted}; give more text, or lower train.seq_len")
+
+
+class Batches:
+    """Micro-batches of one data-parallel rank, from step `first` on."""
+
+    def __init__(self, tokens: Tokens, plan: Plan, dp_rank: int) -> None:
+        self.tokens, self.plan, self.dp_rank = tokens, plan, dp_rank
+        self.order = Order(len(tokens), plan.seed)
+
+    def samples(self, step: int) -> range:
+        """Global indices of this rank's samples in a step: contiguous, so that every mesh sees the same step."""
+        share = self.plan.train.global_batch // self.plan.dp
+        first = step * self.plan.train.global_batch + self.dp_rank * share
+        return range(first, first + share)
+
+    def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and targets [B, T], int64, one pair a micro-batch."""
+        size, samples = self.plan.train.micro_batch, self.samples(step)
+        for start in range(0, len(samples), size):
+            windows = np.stack([self.tokens.window(self.order[i]) for i in samples[start : start + size]])
+            batch = torch.from_numpy(windows)
+            yield batch[:, :-1], batch[:, 1:]
+
+
+def token_bytes(folder: Path) -> np.ndarray:
+    """Bytes of text that each token stands for (0 for special ones), from the tokenizer's vocabulary."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    special = {t["id"] for t in tokenizer["added_tokens"]}
+    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
+    sizes = np.zeros(max(vocabulary.values()) + 1, np.int64)
+    for text, index in vocabulary.items():
+        sizes[index] = 0 if index in special else len(text)  # byte-level BPE writes one character a byte
+    return sizes

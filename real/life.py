@@ -1,0 +1,154 @@
+"""A model's life, executed: extract → dedup → tokens → pretrain, each stage from where it stopped."""
+
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from conf.errors import Refused
+from conf.files import write
+from conf.plan import Plan
+from conf.program import to_yaml
+from conf.record import Record, read, read_summary, seal, summarise
+from real.summary import summary
+from real import dedup, extract, stage, tokens
+from real.stage import Manifest
+
+DATA = ("extract", "dedup", "tokens")
+STAGES = (*DATA, "pretrain")
+NO_CORPUS = "data.path=null: real needs a corpus; name a file, folder or glob, or data=python"
+
+
+class Life:
+    """One run of a plan in its folder; an earlier attempt's clock goes on where its ledger ends."""
+
+    def __init__(self, plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
+        self.plan, self.folder, self.say = plan, folder, say
+        earlier = read(folder, "ledger") if folder.is_dir() else []
+        before = max((row["at"] for row in earlier), default=0.0)
+        self.furthest = max((row["step"] or 0 for row in earlier if row["quantity"] == "step_time"), default=0)
+        self.epoch = time.time() - before
+        self.record = Record(folder, rank=None, began=before)
+        write(folder / "plan.yaml", to_yaml(plan))
+        if plan.profile:
+            write(folder / "profile.yaml", Path(plan.profile).read_bytes())
+        self.record.event("run", "start", furthest=self.furthest)
+
+    def data(self, names: Collection[str]) -> None:
+        """The data stages, on one pool of workers."""
+        if self.plan.data.path is None:
+            raise Refused(NO_CORPUS)
+        began = self.record.now()
+        with stage.workers(min(self.plan.cluster.gpus_per_node, self.plan.cluster.cores_per_node)) as pool:
+            self._spend("init", "run", began)
+            try:
+                for name in names:
+                    self._stage(name, pool)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _stage(self, name: str, pool: ProcessPoolExecutor) -> None:
+        began = self.record.now()
+        self.record.event(name, "start")
+        self.record.flush()
+        manifest = {"extract": self._extract, "dedup": self._dedup, "tokens": self._tokens}[name](pool)
+        self._spend("data", name, began)
+        for quantity, value in measured(name, manifest).items():
+            self.record.observe(name, quantity, value)
+        self.record.event(name, "end", **manifest.counters)
+        self.record.flush()
+        self.say(told(name, manifest))
+
+    def _spend(self, state: str, where: str, began: float) -> None:
+        """Book the time since `began` for all ranks: the data stages run before the ranks exist."""
+        now = self.record.now()
+        self.record.observe(where, state, (now - began) * self.plan.ranks)
+        self.record.span(where, began, now, where, lane="job")
+
+    def _progress(self, name: str) -> Callable[[float], None]:
+        return lambda share: self.say(f"\r{name} {share:.0%}")
+
+    def _extract(self, pool: ProcessPoolExecutor) -> Manifest:
+        facts = {"path": self.plan.data.path, "tasks_of": extract.SHARD}
+        done = stage.run(self.folder / "extract", extract.tasks(self.plan), extract.config(self.plan), pool, facts, self._progress("extract"))
+        if not done.counters.get("documents"):
+            unread = int(done.counters.get("unreadable", 0))
+            why = f"none of its {unread} files could be read" if unread else "its files are empty"
+            raise Refused(f"data.path={self.plan.data.path} gave no document: {why}; see {self.folder / 'extract'}")
+        return done
+
+    def _dedup(self, pool: ProcessPoolExecutor) -> Manifest:
+        folder, began = self.folder / "dedup", time.perf_counter()
+        extracted = Manifest.read(self.folder / "extract")
+        config = dedup.config()
+        hashed = stage.run(folder / "hashes", dedup.hash_tasks(extracted), config, pool, {}, lambda _: None)
+        done = stage.run(folder, dedup.keep_tasks(extracted, hashed), config, pool, config, self._progress("dedup"))
+        return self._timed(done, began)
+
+    def _tokens(self, pool: ProcessPoolExecutor) -> Manifest:
+        folder, began = self.folder / "tokens", time.perf_counter()
+        documents = Manifest.read(self.folder / "dedup")
+        self.say("\rtokens: training the tokenizer")
+        tokenizer = tokens.train_tokenizer(folder, documents, self.plan)
+        facts = {"tokenizer": tokenizer.name, "sha256": stage.sha256(tokenizer), "tokenizer_seconds": time.perf_counter() - began}
+        done = stage.run(folder, tokens.tasks(documents, tokenizer, self.plan), tokens.config(self.plan), pool, facts, self._progress("tokens"))
+        return self._timed(done, began)
+
+    @staticmethod
+    def _timed(manifest: Manifest, began: float) -> Manifest:
+        manifest.seconds = max(manifest.seconds, time.perf_counter() - began)
+        return manifest
+
+    def pretrain(self) -> None:
+        from real.pretrain import Start, pretrain
+
+        if self.plan.data.path is None:
+            raise Refused(NO_CORPUS)
+        told = read_summary(self.folder.parent / "sim")
+        foretold = told["quantities"].get("pretrain.step_time", {}).get("value") if told else None
+        self.record.event("pretrain", "start")
+        start = Start(self.folder, self.epoch, self.record.now(), self.furthest, foretold)
+        self._launch(pretrain, start)
+
+    def measure(self, names: Collection[str]) -> None:
+        """Time this machine's operations and collectives into kernels.csv and network.csv."""
+        from real.measure import measure
+
+        self._launch(measure, self.folder, tuple(names))
+
+    def _launch(self, work: Callable[..., None], *arguments: Any) -> None:
+        from real.cluster import launch
+
+        self.record.flush()
+        launch(self.plan, self.folder, work, *arguments)
+
+    def close(self) -> dict[str, Any]:
+        """Seal the record and sum it up."""
+        self.record.event("run", "end")
+        self.record.flush()
+        seal(self.folder)
+        return summarise(self.folder, self.plan.id, "real", summary(self.plan, read(self.folder, "ledger"), read(self.folder, "events")))
+
+
+def measured(name: str, manifest: Manifest) -> dict[str, float]:
+    """What a data stage says of itself."""
+    c, seconds = manifest.counters, max(manifest.seconds, 1e-9)
+    if name == "extract":
+        return {"seconds": seconds, "bytes": c["bytes"], "documents": c["documents"], "documents_per_s": c["documents"] / seconds}
+    if name == "dedup":
+        return {"seconds": seconds, "documents": c["documents"], "documents_per_s": c["documents_in"] / seconds,
+                "removed_fraction": c["removed"] / max(1, c["documents_in"])}  # fmt: skip
+    count = c["train_tokens"] + c["held_out_tokens"]
+    return {"seconds": seconds, "bytes": c["bytes"], "tokens": count, "tokens_per_s": count / seconds}
+
+
+def told(name: str, manifest: Manifest) -> str:
+    c = manifest.counters
+    if name == "extract":
+        spoilt = f", {c['unreadable']:,.0f} unreadable" if c["unreadable"] else ""
+        return f"extract: {c['files']:,.0f} files, {c['documents']:,.0f} documents, {c['bytes'] / 1e6:,.1f} MB in {manifest.seconds:.1f} s{spoilt}"
+    if name == "dedup":
+        return f"dedup: {c['documents']:,.0f} documents stay, {c['removed']:,.0f} removed in {manifest.seconds:.1f} s"
+    return f"tokens: {c['train_tokens']:,.0f} for training, {c['held_out_tokens']:,.0f} held out in {manifest.seconds:.1f} s"

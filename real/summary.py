@@ -1,0 +1,64 @@
+"""What a run measured, from its ledger alone: the same for a run that ended and for one that was cut."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from conf.arithmetic import flops_per_token
+from conf.plan import Plan
+from conf.record import STATES, Value, state_totals
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+def summary(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
+    """Quantities of summary.json."""
+    rows = list(ledger)
+    told: dict[str, float | Value] = {}
+    for row in rows:
+        if row["stage"] in ("extract", "dedup", "tokens") and row["quantity"] not in STATES:
+            told[f"{row['stage']}.{row['quantity']}"] = row["value"]
+    states = state_totals(rows)
+    told |= {f"state.{name}": seconds for name, seconds in states.items()}
+    wall = sum(states.values()) / plan.ranks
+    told |= {"run.wall_clock": wall, "run.gpu_hours": wall * plan.ranks / 3600}
+    told["run.cost"] = wall * plan.ranks * plan.price.gpu_hours[plan.gpu.name].mid
+    if any(row["quantity"] == "step_time" for row in rows):
+        told |= _training(plan, rows, list(events))
+    return told
+
+
+def _training(plan: Plan, rows: list[Mapping[str, Any]], events: list[Mapping[str, Any]]) -> dict[str, float | Value]:
+    def of(quantity: str) -> list[float]:
+        return [row["value"] for row in rows if row["stage"] == "pretrain" and row["quantity"] == quantity]
+
+    by_step: dict[int, float] = {}
+    for row in rows:  # the slowest rank makes the step; a step done again counts as it was done last
+        if row["quantity"] == "step_time" and (row["rank"] == 0 or row["step"] not in by_step):
+            by_step[row["step"]] = row["value"]
+    times = sorted(by_step.values())
+    step_time = Value(statistics.median(times), times[len(times) // 10], times[len(times) * 9 // 10])
+    rate = plan.tokens_per_step / step_time.value
+    peak = (plan.gpu.bf16_peak if plan.train.precision == "bf16" else plan.gpu.fp32_peak) or math.nan
+    wall = sum(r["value"] for r in rows if r["stage"] == "pretrain" and r["quantity"] in STATES) / plan.ranks
+    tokens = len(by_step) * plan.tokens_per_step
+    stops = sum(1 for event in events if event["stage"] == "run" and event["event"] == "start") - 1
+    told: dict[str, float | Value] = {
+        "pretrain.step_time": step_time,
+        "pretrain.tokens_per_s": rate,
+        "pretrain.tokens_per_s_per_gpu": rate / plan.ranks,
+        "pretrain.mfu": rate * flops_per_token(plan.model, plan.train.seq_len) / (peak * plan.ranks),
+        "run.tokens": tokens,
+        "run.interruptions": stops,
+        "run.interruptions_unexpected": stops,
+        "run.ettr": sum(by_step.values()) / wall,
+        "run.goodput": tokens / (rate * wall),
+    }
+    for name in ("peak_memory", "parameters", "checkpoint_bytes"):
+        told |= {f"pretrain.{name}": max(of(name))} if of(name) else {}
+    for name in ("held_out_bits_per_byte", "bigram_bits_per_byte"):
+        told |= {f"pretrain.{name}": of(name)[-1]} if of(name) else {}
+    told |= {"pretrain.final_loss": of("held_out_loss")[-1]} if of("held_out_loss") else {}
+    told |= {"run.energy": sum(of("energy"))} if of("energy") else {}
+    return told
