@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from analysis.pair import Pair, Side, open_pair, unit_of
@@ -84,12 +84,14 @@ def states(pair: Pair) -> list[State]:
     """Where the time of all ranks went; each column sums to ranks × wall clock."""
     predicted, measured = (side.states if side else {} for side in (pair.sim, pair.real))
     shown = measured or predicted
-    total = sum(shown.values()) or 1.0
-    return [
-        State(name, predicted.get(name, 0.0) if predicted else None, measured.get(name, 0.0) if measured else None, shown.get(name, 0) / total)
-        for name in STATES
-        if predicted.get(name) or measured.get(name)
-    ]
+    whole = sum(shown.values()) or 1.0
+    names = [name for name in STATES if predicted.get(name) or measured.get(name)]
+    return [State(name, _known(predicted, name), _known(measured, name), shown.get(name, 0.0) / whole) for name in names]
+
+
+def _known(spent: Mapping[str, float], name: str) -> float | None:
+    """Nothing is known where no state was written; otherwise an absent state took no time."""
+    return spent.get(name, 0.0) if spent else None
 
 
 def rank_seconds(pair: Pair, side: Side | None) -> float | None:
@@ -154,16 +156,17 @@ def when(side: Side | None) -> str:
     if side is None:
         return "–"
     at = datetime.fromtimestamp(side.written, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return at if side.finished else f"{at}, unfinished"
+    return at if side.finished else f"{at}, unfinished after step {side.last_step:,}"
 
 
 def as_json(pair: Pair) -> dict[str, object]:
-    told = {
-        row.name: {"unit": row.unit, "predicted": row.predicted, "low": row.low, "high": row.high, "measured": row.measured, "ratio": row.ratio}
-        for row in quantities(pair)
-    }
-    spent = {s.name: {"predicted": s.predicted, "measured": s.measured, "difference": s.difference, "share": s.share} for s in states(pair)}
+    told = {row.name: {**_without_name(row), "ratio": row.ratio} for row in quantities(pair)}
+    spent = {state.name: {**_without_name(state), "difference": state.difference} for state in states(pair)}
     return {"plan": pair.id, "unfinished": bool(pair.real and not pair.real.finished), "quantities": told, "states": spent}
+
+
+def _without_name(row: Row | State) -> dict[str, object]:
+    return {key: value for key, value in asdict(row).items() if key != "name"}
 
 
 def as_text(pair: Pair) -> str:
@@ -179,12 +182,17 @@ def as_text(pair: Pair) -> str:
 
 def _spent(pair: Pair) -> list[tuple[str, ...]]:
     found = states(pair)
-    told = [("state", "predicted rank-s", "measured rank-s", "difference", "share of the run")]
+    told: list[tuple[str, ...]] = [("state", "predicted rank-s", "measured rank-s", "difference", "share of the run")]
     told += [(s.name, show(s.predicted, "s"), show(s.measured, "s"), signed(s.difference), f"{s.share:.1%}") for s in found]
-    sums = [total([s.predicted for s in found]), total([s.measured for s in found])]
-    walls = [rank_seconds(pair, pair.sim), rank_seconds(pair, pair.real)]
-    told += [(name, *(show(v, "s") for v in both), "", "") for name, both in (("sum", sums), (f"{pair.plan.ranks:,} ranks × wall clock", walls))]
+    told += [(name, show(predicted, "s"), show(measured, "s"), "", "") for name, predicted, measured in sums(pair)]
     return told
+
+
+def sums(pair: Pair) -> list[tuple[str, float | None, float | None]]:
+    """The sum of the states on each side, and what it must equal."""
+    found = states(pair)
+    added = "sum", total([s.predicted for s in found]), total([s.measured for s in found])
+    return [added, (f"{pair.plan.ranks:,} ranks × wall clock", rank_seconds(pair, pair.sim), rank_seconds(pair, pair.real))]
 
 
 def total(values: Sequence[float | None]) -> float | None:
@@ -202,6 +210,6 @@ def signed(seconds: float | None) -> str:
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows as aligned text, the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    return [lines[0], "  ".join("─" * w for w in widths), *lines[1:]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip() for row in rows]
+    return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]

@@ -38,6 +38,11 @@ class Side:
         """Rank-seconds by state."""
         return state_totals(self.ledger)
 
+    @property
+    def last_step(self) -> int:
+        """The last step of pre-training that was observed, 0 before the first."""
+        return int(max((step for step, _ in self.series("pretrain", "step_time")), default=0))
+
     def value(self, name: str) -> float | None:
         found = self.quantities.get(name)
         return found.value if found else None

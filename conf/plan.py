@@ -121,6 +121,7 @@ class Mesh(Node):
     cp: int = say("context parallel: ranks that share a sequence")
     tp: int = say("tensor parallel: ranks that share each matrix, with sequence parallelism")
     pp: int = say("pipeline parallel: stages")
+    vpp: int = say("virtual stages on each pipeline rank (interleaved schedule); 1 = plain 1F1B")
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ POSITIVE = (
     *(f"cluster.{k}" for k in ("nodes", "gpus_per_node", "cores_per_node", "storage_write", "storage_read")),
     *(f"model.{k}" for k in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")),
     *(f"gpu.{k}" for k in ("fp32_peak", "memory", "memory_bandwidth", "gemm_efficiency", "memory_efficiency", "link_bandwidth")),
-    *(f"mesh.{k}" for k in ("dp_replicate", "cp", "tp", "pp")),
+    *(f"mesh.{k}" for k in ("dp_replicate", "cp", "tp", "pp", "vpp")),
     *(f"train.{k}" for k in ("seq_len", "global_batch", "micro_batch", "learning_rate", "clip", "epsilon")),
     *("tokenizer.vocab", "tokenizer.sample", "tokenizer.bytes_per_token", "data.limit", "checkpoint.keep", "price.lifetime"),
     *("data.extract_rate", "data.dedup_rate", "tokenizer.train_rate", "tokenizer.encode_rate", "data.document_bytes"),
@@ -78,6 +78,9 @@ def _shapes(plan: Plan) -> Iterator[str]:
     if pp > 0 and model.layers % pp and (model.layers + 2) % pp:
         rule = f"model.layers={model.layers}, or {model.layers + 2} with embedding and head counted as layers"
         yield f"mesh.pp={pp} must divide {rule}; {_near_divisors(pp, model.layers, 'mesh.pp')}"
+    stages = pp * plan.mesh.vpp
+    if plan.mesh.vpp > 1 and (pp == 1 or (model.layers % stages and (model.layers + 2) % stages)):
+        yield f"mesh.vpp={plan.mesh.vpp} × mesh.pp={pp} = {stages} must divide the layers, and pp be above 1; set mesh.vpp=1"
     if _divides(model.heads, model.hidden) and model.head_dim % 2:
         yield f"model.hidden={model.hidden} / model.heads={model.heads} gives an odd head of {model.head_dim}; rotary embedding needs an even one"
     if model.vocab < plan.tokenizer.vocab:

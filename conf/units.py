@@ -161,7 +161,9 @@ def show(value: float | None, unit: str) -> str:
         return f"{_three(value / 1e6)} tCO2e"
     if unit in ("1", ""):
         return _three(value)
-    if unit in ("count", "nat", "h", "1/s", "bit/B"):
+    if unit == "count":
+        return f"{value:,.0f}"
+    if unit in ("nat", "h", "1/s", "bit/B"):
         return f"{_three(value)} {unit}"
     limit, prefix = next(s for s in _STEPS if abs(value) >= s[0])
     return f"{_three(value / limit if limit else value)} {prefix}{unit}"

@@ -1,10 +1,12 @@
 """Ranks: started here through torch's elastic launcher, or found running under torchrun."""
 
+import ctypes
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -80,8 +82,10 @@ def _ending(code: int) -> str:
 def _rank(plan: Plan, complaint: Path, work: Work, arguments: tuple[Any, ...]) -> None:
     """One rank's life: device, process group, work, tidy end."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # lines are flushed step by step: nothing is lost
-    torch.set_num_threads(1 if plan.gpu.kind == "cpu" else torch.get_num_threads())
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    if plan.gpu.kind == "cpu":
+        torch.set_num_threads(1)
+        _keep_memory()
     if plan.gpu.kind == "cuda":
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
@@ -97,6 +101,15 @@ def _rank(plan: Plan, complaint: Path, work: Work, arguments: tuple[Any, ...]) -
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _keep_memory() -> None:
+    """Keep freed memory instead of giving it back to the kernel: page faults would double the time of large tensors."""
+    trim_threshold, mmap_max = -1, -4  # names of glibc's mallopt
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def device(plan: Plan) -> torch.device:

@@ -116,7 +116,7 @@ class Life:
         """Time this machine's operations and collectives into kernels.csv and network.csv."""
         from real.measure import measure
 
-        self._launch(measure, self.folder, tuple(names))
+        self._launch(measure, self.folder, tuple(names), self.epoch, self.record.now())
 
     def _launch(self, work: Callable[..., None], *arguments: Any) -> None:
         from real.cluster import launch
@@ -141,7 +141,8 @@ def measured(name: str, manifest: Manifest) -> dict[str, float]:
         return {"seconds": seconds, "documents": c["documents"], "documents_per_s": c["documents_in"] / seconds,
                 "removed_fraction": c["removed"] / max(1, c["documents_in"])}  # fmt: skip
     count = c["train_tokens"] + c["held_out_tokens"]
-    return {"seconds": seconds, "bytes": c["bytes"], "tokens": count, "tokens_per_s": count / seconds}
+    return {"seconds": seconds, "bytes": c["bytes"], "tokens": count, "tokens_per_s": count / seconds,
+            "tokenizer_seconds": manifest.facts["tokenizer_seconds"]}  # fmt: skip
 
 
 def told(name: str, manifest: Manifest) -> str:

@@ -18,6 +18,8 @@ from real.model import Decoder
 from real.timeline import Timeline
 
 AXES = ("dp_replicate", "dp_shard")
+gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the older names warn from torch 2.13 on
+scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def refuse_unbuilt(plan: Plan) -> None:
@@ -77,13 +79,13 @@ class TimedAllGather:
 
     def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, async_op: bool = False) -> Any:
         with self.timeline.during("communication"):
-            return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+            return gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class TimedReduceScatter(TimedAllGather):
     def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, op: Any, async_op: bool = False) -> Any:  # type: ignore[override]
         with self.timeline.during("communication"):
-            return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+            return scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 def total(value: torch.Tensor) -> torch.Tensor:

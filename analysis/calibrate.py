@@ -1,0 +1,205 @@
+"""Calibrate: raw measurements of a machine → a profile of few physical rates, which a plan names.
+
+Each kind of operation is fitted alone with the simulator's own formula (sim.kernels), on logarithms of time, with a
+robust loss, so that a shape hit by another process does not bend the rest. The plan's own step is never looked at.
+"""
+
+import csv
+import platform
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conf.errors import Refused
+from conf.files import write
+from conf.plan import Plan
+from conf.profile import Parameter, Profile, profile_yaml
+from conf.program import from_yaml
+from conf.record import read
+from conf.units import show
+from sim.kernels import COLLECTIVES, Work, attention, matmul, moved
+
+OPTIONS = {
+    "runs": ("runs", "folder of the records; the newest measurement in it is used"),
+    "out": ("runs/profile.yaml", "file of the profile"),
+    "json": ("false", "print the profile as JSON and nothing else"),
+}
+Rows = list[dict[str, str]]
+
+
+def calibrate(options: Mapping[str, str]) -> int:
+    """Fit the newest measurement under `runs` and write the profile."""
+    folder = newest(Path(options["runs"]))
+    plan = from_yaml(folder / "plan.yaml")
+    parameters, report = fit(plan, folder)
+    profile = Profile(f"{plan.gpu.name}, {plan.ranks} ranks", f"{platform.machine()} {platform.system()}", datetime.now(UTC).date().isoformat(),
+                      plan.train.precision, plan.ranks, parameters)  # fmt: skip
+    out = Path(options["out"])
+    write(out, profile_yaml(profile))
+    if options["json"] == "true":
+        import json
+
+        print(json.dumps({"profile": str(out), "parameters": {n: vars(p) for n, p in parameters.items()}, "error_pct": report}))
+        return 0
+    print(f"{len(parameters)} rates of {profile.name}, from {folder}")
+    for name, p in parameters.items():
+        error = f"± {p.standard_error / p.value:.0%}" if p.standard_error and np.isfinite(p.value) else ""
+        print(f"  {name:32} {show(p.value, p.unit):>14} {error}")
+    print("\nmedian error of the fit on its own rows")
+    for kind, value in report.items():
+        print(f"  {kind:32} {value:5.1f} %")
+    print(f"\nprofile: {out}\nnext: foretold sim profile={out}")
+    return 0
+
+
+def newest(runs: Path) -> Path:
+    found = sorted((p.parent for p in runs.glob("*/measure/*.csv")), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise Refused(f"runs={runs} holds no measurement of a machine; make one with: foretold real only=kernels,network")
+    return found[-1]
+
+
+def table(path: Path) -> Rows:
+    if not path.is_file():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def fit(plan: Plan, folder: Path) -> tuple[dict[str, Parameter], dict[str, float]]:
+    """All parameters that the record's tables determine, and the median error in percent of each fit."""
+    parameters, report = _kernels(plan, table(folder / "kernels.csv"))
+    for kind, rows in _by(table(folder / "network.csv"), "op").items():
+        if kind in COLLECTIVES:
+            ring = 2 if kind == "all_reduce" else 1
+            hops = [ring * (int(r["ranks"]) - 1) for r in rows]
+            share = [ring * (int(r["ranks"]) - 1) / int(r["ranks"]) * int(r["bytes"]) for r in rows]
+        else:
+            hops, share = [1 for _ in rows], [int(r["bytes"]) for r in rows]
+        (latency, bandwidth), error = line(hops, share, [float(r["time_us"]) * 1e-6 for r in rows])
+        parameters |= {f"{kind}.latency": _as(latency, "s"), f"{kind}.bandwidth": _inverse(bandwidth, "B/s")}
+        report[kind] = error
+    return parameters | _data(plan, folder), report
+
+
+def _by(rows: Rows, *names: str) -> dict[str, Rows]:
+    groups: dict[str, Rows] = defaultdict(list)
+    for row in rows:
+        groups[".".join(row[name] for name in names)].append(row)
+    return groups
+
+
+def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, float]]:
+    groups = _by(rows, "op", "stage")
+    if not groups:
+        return {}, {}
+    launch = float(np.median([float(r["time_us"]) for r in groups.pop("launch.forward")])) * 1e-6
+    groups.pop("launch.backward")
+    parameters = {"launch": Parameter(launch, "s"), "matmul_launch": Parameter(launch, "s")}
+    report = {}
+    size = 2 if plan.train.precision == "bf16" else 4
+    if "storage.write" in groups:
+        written = groups.pop("storage.write")
+        parameters["storage_write"] = Parameter(float(np.median([int(r["bytes"]) / float(r["time_us"]) * 1e6 for r in written])) * plan.ranks, "B/s")
+    for kind, same in groups.items():
+        work = [_work(kind, row, size) for row in same]
+        if not work[0].flops and not work[0].bytes:
+            continue  # the gradient of a sum is the gradient itself: nothing moves
+        seconds = np.array([float(row["time_us"]) * 1e-6 for row in same])
+        base = np.array([w.launches * launch for w in work])
+        (rate, bandwidth), report[kind] = roofline([w.flops for w in work], [w.bytes for w in work], base, seconds, plan.gpu.overlap)
+        if work[0].flops:
+            parameters[f"{kind}.rate"] = _inverse(rate, "FLOP/s")
+        parameters[f"{kind}.bandwidth"] = _inverse(bandwidth, "B/s")
+    return parameters, report
+
+
+def _work(kind: str, row: Mapping[str, str], size: float) -> Work:
+    """The simulator's own account of a measured operation."""
+    op, stage = kind.split(".")
+    n = {name: float(value) for name, value in row.items() if name in ("batch", "m", "n", "k", "seq", "heads", "kv_heads", "qk_head_dim") and value}
+    if op == "matmul":
+        return matmul(n["m"], n["n"], n["k"], size, stage)
+    if op == "attention":
+        return attention(n["batch"] * n["seq"], n["seq"], n["heads"] * n["qk_head_dim"], n["kv_heads"] * n["qk_head_dim"], size, stage)
+    if op == "loss":
+        return moved(op, n["m"] * n["n"], 4.0, stage)
+    return moved(op, n["k"] if op == "optimizer" else n["m"] * n["k"], 4.0 if op == "optimizer" else size, stage)
+
+
+Estimate = tuple[float, float]  # value and standard error of a time per unit
+
+
+def roofline(flops: Iterable[float], traffic: Iterable[float], base: NDArray[Any], seconds: NDArray[Any],
+             overlap: float) -> tuple[tuple[Estimate, Estimate], float]:  # fmt: skip
+    """Seconds per FLOP and per byte that explain the times best, and the median error in percent."""
+    from scipy.optimize import least_squares
+
+    f, b = np.array(list(flops)), np.array(list(traffic))
+    start = np.log([0.5 * np.median(seconds / np.maximum(f, 1)), 0.5 * np.median(seconds / b)])
+    free = f.max() > 0
+
+    def predicted(x: NDArray[Any]) -> NDArray[Any]:
+        arithmetic, memory = (f * np.exp(x[0]) if free else 0 * f), b * np.exp(x[-1])
+        return np.asarray(base + arithmetic + memory - overlap * np.minimum(arithmetic, memory))
+
+    def misses(x: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(np.log(predicted(x) / seconds))
+
+    x0 = start if free else start[1:]
+    best = least_squares(misses, x0, loss="soft_l1", f_scale=0.1, bounds=(x0 - 7, x0 + 7))
+    spread = np.sqrt(np.diag(np.linalg.pinv(best.jac.T @ best.jac)) * 2 * best.cost / max(1, len(seconds) - len(x0)))
+    values = [(float(np.exp(x)), float(np.exp(x) * s)) for x, s in zip(best.x, spread, strict=True)]
+    error = float(np.median(np.abs(np.expm1(misses(best.x)))) * 100)
+    return (values[0], values[-1]), error
+
+
+def line(hops: Iterable[float], share: Iterable[float], seconds: Iterable[float]) -> tuple[tuple[Estimate, Estimate], float]:
+    """Seconds a hop and a byte of a collective."""
+    from scipy.optimize import least_squares
+
+    h, b, t = (np.array(list(v), float) for v in (hops, share, seconds))
+    start = np.log([max(t.min() / h.max(), 1e-9), (t / b)[np.argmax(b)]])
+
+    def misses(x: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(np.log((h * np.exp(x[0]) + b * np.exp(x[1])) / t))
+
+    best = least_squares(misses, start, loss="soft_l1", f_scale=0.1)
+    spread = np.sqrt(np.diag(np.linalg.pinv(best.jac.T @ best.jac)) * 2 * best.cost / max(1, len(t) - 2))
+    first, second = ((float(np.exp(x)), float(np.exp(x) * s)) for x, s in zip(best.x, spread, strict=True))
+    return (first, second), float(np.median(np.abs(np.expm1(misses(best.x)))) * 100)
+
+
+def _as(estimate: Estimate, unit: str) -> Parameter:
+    return Parameter(estimate[0], unit, estimate[1])
+
+
+def _inverse(estimate: Estimate, unit: str) -> Parameter:
+    value, error = estimate
+    return Parameter(1 / value, unit, error / value**2)
+
+
+def _data(plan: Plan, folder: Path) -> dict[str, Parameter]:
+    """Rates of the data stages and of starting, where the measurement ran them."""
+    rows = read(folder, "ledger")
+    told = {f"{row['stage']}.{row['quantity']}": row["value"] for row in rows}
+    cores = min(plan.cluster.gpus_per_node, plan.cluster.cores_per_node)
+    found: dict[str, float] = {}
+    if "extract.seconds" in told:
+        found["extract_rate"] = told["extract.bytes"] / told["extract.seconds"] / cores
+    if "dedup.seconds" in told and "extract.bytes" in told:
+        found["dedup_rate"] = told["extract.bytes"] / told["dedup.seconds"] / cores
+    if "tokens.seconds" in told:
+        training = told["tokens.tokenizer_seconds"]
+        found["train_rate"] = min(plan.tokenizer.sample, told["tokens.bytes"]) / training / cores
+        found["encode_rate"] = told["tokens.bytes"] / max(told["tokens.seconds"] - training, 1e-3) / cores
+    parameters = {name: Parameter(value, "B/s") for name, value in found.items()}
+    starts = [row["value"] for row in rows if row["quantity"] == "init" and row["stage"] == "measure"]
+    return parameters | ({"init": Parameter(float(np.mean(starts)), "s")} if starts else {})
+
+

@@ -1,0 +1,162 @@
+"""The operations of a training step, timed: raw rows for `foretold analysis calibrate`.
+
+Each operation is the model's own code on tensors of many sizes, forward and backward, on all ranks at once, because
+cores share caches and memory. Nothing is fitted here.
+"""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conf.plan import Plan
+from real.cluster import device
+from real.model import loss_sum, rotary, rotate
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What to run, on which inputs; the forward's output is differentiated for the backward."""
+
+    op: str
+    shape: dict[str, int]
+    forward: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+
+
+def rows(plan: Plan, folder: Path) -> Iterator[Row]:
+    """One row an operation, size and stage."""
+    where = device(plan)
+    dtype = torch.bfloat16 if plan.train.precision == "bf16" else torch.float32
+    cuda = where.type == "cuda"
+    scale = 16 if cuda else 1  # a GPU needs larger tensors to show its rates
+    for operation in _operations(where, dtype, scale):
+        yield from _timed(operation, plan, cuda)
+    yield from _optimizer(plan, where, scale)
+    yield from _storage(plan, folder)
+
+
+def _row(plan: Plan, op: str, stage: str, shape: dict[str, int], seconds: float) -> Row:
+    base = {"gpu": plan.gpu.name, "precision": plan.train.precision, "ranks": plan.ranks, "op": op, "stage": stage}
+    return base | {name: shape.get(name) for name in COLUMNS} | {"time_us": seconds * 1e6}
+
+
+COLUMNS = ("batch", "m", "n", "k", "seq", "heads", "kv_heads", "qk_head_dim", "bytes")
+
+
+def _operations(where: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Operation]:
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=where, dtype=dtype, requires_grad=True)
+
+    for m in (512 * scale, 1024 * scale, 4096 * scale):
+        for n, k in ((64, 192), (160, 160), (512, 192), (256, 704), (384, 384), (1024, 256), (2048, 224), (768, 1536), (4096, 320)):
+            if m * n * k * scale**2 <= (3e9 if scale == 1 else 4e13):
+                shape = {"m": m, "n": n * scale, "k": k * scale}
+                yield Operation("matmul", shape, F.linear, (tensor(m, k * scale), tensor(n * scale, k * scale)))
+    for batch, seq, heads, kv, width in ((8, 128, 6, 2, 32), (8, 256, 4, 4, 32), (4, 512, 4, 2, 48), (2, 512, 8, 4, 64), (4, 256, 8, 8, 64), (1, 1024, 6, 6, 32)):
+        seq = seq * min(scale, 4)
+        shape = {"batch": batch, "seq": seq, "heads": heads, "kv_heads": kv, "qk_head_dim": width}
+        q, k, v = (tensor(batch, seq, h, width) for h in (heads, kv, kv))
+        yield Operation("attention", shape, _attention, (q, k, v))
+    for m, k in ((1024, 192), (1024, 512), (4096, 320), (2048, 1024)):
+        m *= scale
+        norm = nn.RMSNorm(k, 1e-5, device=where, dtype=dtype)
+        yield Operation("norm", {"m": m, "k": k}, lambda x, _w, norm=norm: norm(x), (tensor(m, k), norm.weight))
+        yield Operation("swiglu", {"m": m, "k": 2 * k}, lambda g, u: F.silu(g) * u, (tensor(m, 2 * k), tensor(m, 2 * k)))
+        yield Operation("add", {"m": m, "k": k}, torch.add, (tensor(m, k), tensor(m, k)))
+        yield Operation("embedding", {"m": m, "k": k, "n": 2048}, _embedding(m, where), (tensor(2048, k),))
+    for batch, seq, heads, width in ((8, 128, 6, 32), (4, 512, 4, 48), (2, 1024, 8, 64)):
+        cos, sin = (t.to(dtype) for t in rotary(seq, width, 1e4, where))
+        x = tensor(batch * scale, heads, seq, width)
+        yield Operation("rotary", {"m": batch * scale * seq, "k": heads * width}, lambda x, c=cos, s=sin: rotate(x, c, s), (x,))
+    for m, n in ((512, 2048), (1024, 4096), (2048, 2048), (256, 8192)):
+        m *= scale
+        targets = torch.randint(n, (1, m), device=where)
+        yield Operation("loss", {"m": m, "n": n}, lambda x, t=targets: loss_sum(x[None], t), (tensor(m, n),))
+    yield Operation("launch", {"m": 1, "k": 1}, torch.add, (tensor(1), tensor(1)))
+
+
+def _attention(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).reshape(*out.shape[:1], out.shape[2], -1)
+
+
+def _embedding(m: int, where: torch.device) -> Callable[[Tensor], Tensor]:
+    tokens = torch.randint(2048, (m,), device=where)
+    return lambda table: F.embedding(tokens, table)
+
+
+def _timed(operation: Operation, plan: Plan, cuda: bool) -> Iterator[Row]:
+    with torch.no_grad():
+        yield _row(plan, operation.op, "forward", operation.shape, best(lambda: operation.forward(*operation.inputs), cuda))
+    out = operation.forward(*operation.inputs)
+    grad = torch.randn_like(out)
+    inputs = [t for t in operation.inputs if t.requires_grad]
+    seconds = best(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True), cuda)
+    yield _row(plan, operation.op, "backward", operation.shape, seconds)
+
+
+def best(work: Callable[[], Any], cuda: bool = False, budget: float = 0.06) -> float:
+    """Median seconds of a call, over as many as fit into the budget (at least 5, after two that warm up)."""
+    for _ in range(2):
+        work()
+    if cuda:
+        torch.cuda.synchronize()
+    times: list[float] = []
+    while len(times) < 5 or (sum(times) < budget and len(times) < 200):
+        began = time.perf_counter()
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def _optimizer(plan: Plan, where: torch.device, scale: int) -> Iterator[Row]:
+    """One step of AdamW with clipping, as the trainer does it."""
+    from real import optim
+
+    for count, width in ((8, 256), (24, 256), (12, 512)):
+        layers = nn.ModuleList(nn.Linear(width, width * scale, bias=False, device=where) for _ in range(count))
+        adam = optim.optimizer(layers, plan.train)
+        for parameter in layers.parameters():
+            parameter.grad = torch.randn_like(parameter)
+
+        def step(layers: nn.ModuleList = layers, adam: torch.optim.Optimizer = adam) -> None:
+            optim.clip(layers, 1e9)
+            adam.step()
+
+        numbers = sum(p.numel() for p in layers.parameters())
+        yield _row(plan, "optimizer", "step", {"m": count, "k": numbers}, best(step, where.type == "cuda", 0.2))
+
+
+def _storage(plan: Plan, folder: Path) -> Iterator[Row]:
+    """A checkpoint's write: bytes, flush to the disk, digest read back."""
+    from real.stage import sha256
+
+    for size in (8_000_000, 32_000_000):
+        data = os.urandom(size)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            path = Path(file.name)
+
+            def write(path: Path = path, data: bytes = data) -> None:
+                with path.open("wb") as out:
+                    out.write(data)
+                    out.flush()
+                    os.fsync(out.fileno())
+                sha256(path)
+
+            yield _row(plan, "storage", "write", {"bytes": size}, best(write, budget=0.3))
+
+

@@ -1,0 +1,116 @@
+"""`foretold sim`: predict a plan."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from conf.plan import Plan
+from conf.program import count, explain, flag, load, run, split
+from conf.record import STATES, summarise
+from conf.units import show
+from sim.kernels import rates
+from sim.life import live
+from sim.pretrain import pace
+from sim.story import tell
+from sim.summary import spread, summary
+
+USAGE = """
+foretold sim [options] [group=option] [key=value]   predict a plan
+
+  foretold sim                                   the default plan: this machine's Python library, two million parameters
+  foretold sim experiment=llama3_405b            54 days of 16,384 GPUs in a second
+  foretold sim experiment=llama3_405b checkpoint.every=20   the same faults under another policy
+  foretold sim replicas=20                       twenty seeds: the median, with the 10th and 90th percentile
+"""
+OPTIONS = {
+    "json": ("false", "print summary.json and nothing else"),
+    "replicas": ("1", "lives to simulate, one a seed; the first writes the record"),
+    "runs": ("runs", "folder of the records"),
+}
+SHOWN = {
+    "a step": ("pretrain.step_time", "pretrain.tokens_per_s", "pretrain.mfu", "pretrain.peak_memory"),
+    "the run": ("run.wall_clock", "run.tokens", "pretrain.final_loss", "run.ettr", "run.interruptions"),
+    "its price": ("run.gpu_hours", "run.cost", "run.energy", "run.peak_power", "run.carbon_location", "run.carbon_embodied", "run.water"),
+}
+NAMES = {"ettr": "effective time (ETTR)", "mfu": "MFU", "gpu_hours": "device-hours", "wall_clock": "wall clock"}
+BAR = 30  # characters of a bar that stands for all of the time
+
+
+def main(args: list[str]) -> int:
+    wish = next((i for i, arg in enumerate(args) if arg in ("-h", "--help")), None)
+    if wish is not None:
+        print(explain("sim", USAGE, OPTIONS, next(iter(args[wish + 1 :]), "")))
+        return 0
+    options, overrides = split(args, OPTIONS)
+    quiet, lives = flag(options, "json"), count(options, "replicas")
+    plan = load(overrides)
+    folder = Path(options["runs"]) / plan.id / "sim"
+    told = predict(plan, folder, lives)
+    if plan.gpu.memory < told["quantities"]["pretrain.peak_memory"]["value"]:
+        print(misfit(plan, told), file=sys.stderr)
+    print(json.dumps(told) if quiet else table(plan, told["quantities"]) + farewell(folder, overrides))
+    return 0
+
+
+def predict(plan: Plan, folder: Path, lives: int = 1) -> dict[str, Any]:
+    """Simulate, write the record, return the summary."""
+    step, speed = pace(plan), rates(plan)
+    first = live(plan, plan.seed, step, speed)
+    told = [summary(first)] + [summary(live(plan, plan.seed + i, step, speed)) for i in range(1, lives)]
+    tell(first, folder)
+    return summarise(folder, plan.id, "sim", spread(told))
+
+
+def misfit(plan: Plan, told: Mapping[str, Any]) -> str:
+    need = told["quantities"]["pretrain.peak_memory"]["value"]
+    return f"does not fit: needs {show(need, 'B')} of {show(plan.gpu.memory, 'B')} a device; raise mesh.tp, mesh.pp or cluster.nodes, or set train.recompute=full"
+
+
+def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
+    """The prediction for a person: what runs, what it comes to, where the time goes."""
+    mesh = " × ".join(f"{axis} {degree}" for axis, degree in plan.axes.items() if degree > 1) or "one rank"
+    size = _size(quantities["pretrain.parameters"]["value"])
+    lines = [f"plan {plan.id}   {plan.model.name}, {size} parameters   {plan.ranks:,} × {plan.gpu.name}   {mesh}"]
+    stages = {name: tuple(q for q in quantities if q.startswith(name + ".")) for name in ("extract", "dedup", "tokens")}
+    for title, names in {**stages, **SHOWN}.items():
+        known = [name for name in names if name in quantities]
+        lines += ["", title] if known else []
+        lines += [f"  {_words(name):22} {_shown(quantities[name])}" for name in known]
+    return "\n".join([*lines, "", "where the time goes", *_where(quantities)])
+
+
+def _size(parameters: float) -> str:
+    """
+    >>> _size(405_853_388_800), _size(1_966_272)
+    ('406 B', '1.97 M')
+    """
+    return f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
+
+
+def _words(name: str) -> str:
+    plain = name.split(".")[1]
+    return NAMES.get(plain, plain.replace("_per_s", " a second").replace("_", " "))
+
+
+def _shown(quantity: Mapping[str, Any]) -> str:
+    value, unit, low, high = (quantity[key] for key in ("value", "unit", "low", "high"))
+    told = "1" if unit in ("count", "1/s", "h") else unit  # the words say it
+    band = "" if low is None or low == high else f"   {show(low, told)} … {show(high, told)}"
+    return show(value, told) + band
+
+
+def _where(quantities: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    spent = {state: quantities[f"state.{state}"]["value"] for state in STATES if f"state.{state}" in quantities}
+    shares = {state: seconds / sum(spent.values()) for state, seconds in sorted(spent.items(), key=lambda item: -item[1])}
+    return [f"  {state:22} {share:6.1%}  {'█' * round(BAR * share)}".rstrip() for state, share in shares.items()]
+
+
+def farewell(folder: Path, overrides: list[str]) -> str:
+    return f"\n\nrecord: {folder}\nnext:   {shlex.join(['foretold', 'real', *overrides])}"
+
+
+if __name__ == "__main__":
+    run("sim")

@@ -1,0 +1,86 @@
+"""A model's life, foretold: extract → dedup → tokens → pretrain, in one world with one clock."""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+from conf.plan import Plan
+from sim.cluster import Course, World
+from sim.dedup import dedup, unique
+from sim.extract import corpus, extract
+from sim.failures import faults
+from sim.kernels import Rates, rates
+from sim.power import Footprint, Meter, footprint
+from sim.pretrain import Pace, Pretraining, pace
+from sim.timeline import Timeline
+from sim.tokens import tokens
+
+
+@dataclass
+class History:
+    """All that happened in one life of a plan."""
+
+    plan: Plan
+    pace: Pace
+    timeline: Timeline
+    meter: Meter
+    told: dict[str, dict[str, float]] = field(default_factory=dict)  # of each data stage
+    steps: int = 0  # that counted
+    falls: dict[str, int] = field(default_factory=dict)
+    trained: float = 0.0  # wall clock of pre-training [s]
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        return footprint(self.plan, self.meter, self.timeline)
+
+
+def live(plan: Plan, seed: int | None = None, pace_: Pace | None = None, rates_: Rates | None = None) -> History:
+    """One life; another seed is another weather."""
+    step, speed = pace_ or pace(plan), rates_ or rates(plan)
+    world = World(plan, speed)
+    history = History(plan, step, world.timeline, Meter(plan, step.mix))
+    world.env.run(until=world.env.process(_live(world, history, plan.seed if seed is None else seed)))
+    conserve(history)
+    return history
+
+
+def _live(world: World, history: History, seed: int) -> Course[None]:
+    world.event("run", "start")
+    if world.plan.data.path is not None:
+        yield from _data(world, history)
+    began = world.now
+    job = Pretraining(world, history.pace, faults(world.plan, seed))
+    yield from job.run()
+    history.steps, history.falls, history.trained = job.step, job.falls, world.now - began
+    world.event("run", "end")
+
+
+def _data(world: World, history: History) -> Course[None]:
+    """The data stages. A fault there costs one task of seconds, done again by another worker, and is left out."""
+    text = corpus(world.plan.data)
+    stay = unique(text, world.plan.data)
+    stages = {"extract": partial(extract, text=text), "dedup": partial(dedup, text=text), "tokens": partial(tokens, text=stay)}
+    for name, stage in stages.items():
+        start = world.now
+        world.event(name, "start")
+        history.told[name] = yield from stage(world)
+        world.timeline.spend(name, {"data": 1.0}, start, world.now)
+        world.event(name, "end")
+
+
+def conserve(history: History) -> None:
+    """Nothing is lost: time, energy, money and steps add up, each counted in two ways."""
+    plan, timeline, meter, foot = history.plan, history.timeline, history.meter, history.footprint
+    states, wall = timeline.states(), timeline.until
+    ranks, spares = plan.ranks, plan.cluster.spares * plan.cluster.gpus_per_node
+    price = plan.price.gpu_hours[plan.gpu.name].mid
+    new = sum(states.get(state, 0.0) for state in history.pace.mix)
+    useful = history.steps * history.pace.step_time * ranks
+    _same("time", sum(states.values()), ranks * wall)
+    _same("energy", sum(meter.watts({state: 1.0}) * seconds / ranks for state, seconds in states.items()), foot.energy)
+    _same("money", (sum(states.values()) + spares * wall) / 3600 * price, foot.cost[0])
+    assert useful <= new * (1 + 1e-9), f"steps that counted took {useful} rank-seconds, but only {new} were spent on new steps"
+
+
+def _same(what: str, one: float, other: float) -> None:
+    assert math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12), f"{what} is not conserved: {one} against {other}"

@@ -1,0 +1,85 @@
+"""What a life comes to: the quantities of summary.json, and their spread over many lives."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from conf.arithmetic import parameters, state_bytes
+from conf.plan import Plan
+from conf.record import Value
+from sim.cluster import per_second
+from sim.life import History
+
+
+def summary(history: History) -> dict[str, Value]:
+    """Quantities of one life."""
+    told = {f"{stage}.{name}": Value(value) for stage, values in history.told.items() for name, value in values.items()}
+    told |= {f"pretrain.{name}": Value(value) for name, value in pretraining(history).items()}
+    told |= {f"run.{name}": Value(value) for name, value in run(history).items()}
+    told["run.cost"] = Value(*history.footprint.cost)
+    told |= {f"state.{name}": Value(seconds) for name, seconds in history.timeline.states().items()}
+    return told
+
+
+def pretraining(history: History) -> dict[str, float]:
+    plan, pace = history.plan, history.pace
+    told = {
+        "step_time": pace.step_time,
+        "tokens_per_s": pace.tokens_per_s,
+        "tokens_per_s_per_gpu": pace.tokens_per_s / plan.ranks,
+        "mfu": pace.mfu,
+        "peak_memory": pace.memory,
+        "parameters": float(parameters(plan.model)),
+        "checkpoint_bytes": float(state_bytes(plan.model)),
+    }
+    tokens = history.steps * plan.tokens_per_step
+    return told | ({"final_loss": loss(plan, tokens)} if plan.law.name != "none" and tokens else {})
+
+
+def loss(plan: Plan, tokens: float) -> float:
+    """E + A / N**alpha + B / D**beta (Hoffmann et al. 2022, equation 10).
+
+    >>> from conf.program import load
+    >>> round(loss(load(["experiment=llama3_405b"]), 15.6e12), 3)
+    1.907
+    """
+    law = plan.law
+    return float(law.irreducible + law.A / parameters(plan.model) ** law.alpha + law.B / tokens**law.beta)
+
+
+def run(history: History) -> dict[str, float]:
+    """Of the whole run; goodput and ETTR are of pre-training."""
+    plan, pace, foot, trained = history.plan, history.pace, history.footprint, history.trained
+    tokens = history.steps * plan.tokens_per_step
+    return {
+        "wall_clock": history.timeline.until,
+        "goodput": per_second(tokens, trained) / pace.tokens_per_s,
+        "ettr": per_second(history.steps * pace.step_time, trained),
+        "interruptions": sum(history.falls.values()),
+        "interruptions_unexpected": history.falls["unexpected"],
+        "tokens": tokens,
+        "gpu_hours": foot.gpu_hours,
+        "energy": foot.energy,
+        "carbon_location": foot.carbon_location,
+        "carbon_market": foot.carbon_market,
+        "carbon_embodied": foot.carbon_embodied,
+        "water": foot.water,
+        "peak_power": foot.peak_power,
+    }
+
+
+def spread(lives: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
+    """Median, 10th and 90th percentile over lives; a state that a life never entered took it no time.
+
+    >>> spread([{"run.tokens": Value(n)} for n in (1, 2, 3)])["run.tokens"]
+    Value(value=2.0, low=1.2, high=2.8)
+    """
+    if len(lives) == 1:
+        return dict(lives[0])
+    told = {}
+    for name in dict.fromkeys(name for life in lives for name in life):
+        values = [life.get(name, Value(0.0)) for life in lives if name in life or name.startswith("state.")]
+        low = np.quantile([v.value if v.low is None else v.low for v in values], 0.1)
+        high = np.quantile([v.value if v.high is None else v.high for v in values], 0.9)
+        told[name] = Value(float(np.median([v.value for v in values])), float(low), float(high))
+    return told

@@ -1,0 +1,72 @@
+"""The clock of the job: always in exactly one mix of states, so that the states add up to ranks × wall clock.
+
+A tape on which every stretch of time is written once. A stretch that leaves a gap or overlaps the one before is refused
+at once, not found at the end in a sum that is off.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from conf.record import STATES
+
+
+class Segment(NamedTuple):
+    """A stretch of time and how the ranks shared it among states; the shares add up to 1."""
+
+    stage: str
+    start: float
+    stop: float
+    mix: Mapping[str, float]
+    step: int | None
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.mix)) if len(self.mix) == 1 else "steps"
+
+
+class Happening(NamedTuple):
+    at: float
+    stage: str
+    event: str
+    step: int | None
+    detail: Mapping[str, Any]
+
+
+class Bar(NamedTuple):
+    """What a picture of the run shows: the job in a state, a server in repair, a worker at its task."""
+
+    name: str
+    start: float
+    stop: float
+    stage: str
+    lane: str
+    step: int | None = None
+
+
+class Timeline:
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.segments: list[Segment] = []
+        self.happenings: list[Happening] = []
+        self.bars: list[Bar] = []
+        self.until = 0.0
+
+    def spend(self, stage: str, mix: Mapping[str, float], start: float, stop: float, step: int | None = None) -> None:
+        """All ranks spent [start, stop] in these states."""
+        assert start == self.until, f"a stretch starts at {start}, the tape ends at {self.until}"
+        assert stop >= start and mix.keys() <= set(STATES), (stage, mix, start, stop)
+        if stop > start:
+            self.segments.append(Segment(stage, start, stop, mix, step))
+            self.until = stop
+
+    def event(self, at: float, stage: str, event: str, step: int | None = None, **detail: Any) -> None:
+        self.happenings.append(Happening(at, stage, event, step, detail))
+
+    def states(self) -> dict[str, float]:
+        """Rank-seconds by state."""
+        totals: dict[str, float] = defaultdict(float)
+        for segment in self.segments:
+            for state, share in segment.mix.items():
+                totals[state] += share * (segment.stop - segment.start) * self.ranks
+        return dict(totals)
