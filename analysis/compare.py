@@ -18,6 +18,7 @@ OPTIONS = {
     "json": ("false", "print one JSON object and nothing else"),
 }
 STAGES = ("run", "crawl", "extract", "dedup", "tokens", "pretrain", "finetune", "align", "kernels", "network")
+_TOLERANCE = 0.005  # of the sum of the states
 _STEP = "pretrain.step_time"
 
 
@@ -64,8 +65,8 @@ def compare(options: Mapping[str, str]) -> int:
 
 
 def quantities(pair: Pair) -> list[Row]:
-    """Every quantity that either side knows, the run as a whole first, then stage by stage."""
-    names = {name for side in pair.sides for name in side.quantities}
+    """Every quantity that either side knows but the states, the run as a whole first, then stage by stage."""
+    names = {name for side in pair.sides for name in side.quantities if not name.startswith("state.")}
     rows = []
     for name in sorted(names, key=_place):
         predicted = pair.sim.quantities.get(name) if pair.sim else None
@@ -96,8 +97,18 @@ def _known(spent: Mapping[str, float], name: str) -> float | None:
 
 def rank_seconds(pair: Pair, side: Side | None) -> float | None:
     """Ranks × wall clock, which the states must add up to."""
-    wall = side.value("run.wall_clock") if side else None
+    wall = side.wall_clock if side else None
     return None if wall is None else pair.plan.ranks * wall
+
+
+def unaccounted(pair: Pair) -> list[str]:
+    """What must be said of a side whose states do not add up to its clock."""
+    said = []
+    for how, side in (("predicted", pair.sim), ("measured", pair.real)):
+        whole, states_sum = rank_seconds(pair, side), sum(side.states.values()) if side else 0.0
+        if whole and abs(missing := 1 - states_sum / whole) > _TOLERANCE:
+            said.append(f"{abs(missing):.1%} of the {how} time is {'in no state' if missing > 0 else 'counted twice'}.")
+    return said
 
 
 def verdict(pair: Pair) -> str:
@@ -108,7 +119,7 @@ def verdict(pair: Pair) -> str:
     if row.ratio is None:
         return f"A step took {show(row.measured, 's')}; nothing was predicted: run foretold sim."
     error = row.ratio - 1
-    how = "as predicted" if abs(error) < 0.005 else f"{abs(error):.1%} {'slower' if error > 0 else 'faster'} than predicted"
+    how = "as predicted" if abs(error) < 0.005 else f"{abs(error):.1%} {'longer' if error > 0 else 'shorter'} than predicted"
     return f"A step took {show(row.measured, 's')}, where {show(row.predicted, 's')} was predicted: {how}{_inside(row)}."
 
 
@@ -128,10 +139,11 @@ def learning(pair: Pair) -> str | None:
     model, bigram = (real.value(f"pretrain.{who}_bits_per_byte") if real else None for who in ("held_out", "bigram"))
     if model is None:
         return None
+    said = f"On text that it never saw, the model needs {show(model, 'bit/B')}"
     if not bigram:
-        return f"On text that it never saw, the model needs {show(model, 'bit/B')}."
+        return f"{said}."
     better = f"{abs(1 - model / bigram):.0%} {'less' if model < bigram else 'more'}"
-    return f"On text that it never saw, the model needs {show(model, 'bit/B')}: {better} than a bigram of the same tokens ({show(bigram, 'bit/B')})."
+    return f"{said}: {better} than a bigram of the same tokens ({show(bigram, 'bit/B')})."
 
 
 def sentence(plan: Plan) -> str:
@@ -156,7 +168,7 @@ def when(side: Side | None) -> str:
     if side is None:
         return "–"
     at = datetime.fromtimestamp(side.written, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return at if side.finished else f"{at}, unfinished after step {side.last_step:,}"
+    return at if side.finished else f"{at}, unfinished ({side.last_step:,} steps so far)"
 
 
 def as_json(pair: Pair) -> dict[str, object]:
@@ -177,7 +189,7 @@ def as_text(pair: Pair) -> str:
     parts = [*head, "", *columns(told), ""]
     if states(pair):
         parts += [*columns(_spent(pair)), ""]
-    return "\n".join([*parts, verdict(pair), *filter(None, [learning(pair)])])
+    return "\n".join([*parts, verdict(pair), *filter(None, [learning(pair)]), *unaccounted(pair)])
 
 
 def _spent(pair: Pair) -> list[tuple[str, ...]]:

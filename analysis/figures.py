@@ -10,7 +10,7 @@ from conf.plan import Plan
 from conf.units import show
 
 _BEGIN_AND_END = ("start", "end")
-_EVENTS_FIRST = ("failure", "detect", "restart", "spike", "rollback", "resize", "checkpoint", "evaluate")
+_EVENTS_FIRST = ("failure", "detection", "replacement", "restart", "spike", "rollback", "resize", "checkpoint", "evaluate")
 
 
 class Shown(NamedTuple):
@@ -22,7 +22,7 @@ class Shown(NamedTuple):
 
 
 def figures(pair: Pair) -> list[Shown]:
-    makers = (_loss, _step_time, _time, _timeline, _power, _carbon, _money)
+    makers = (_loss, _step_time, _timeline, _power, _time, _money, _carbon)
     return [shown for make in makers if (shown := make(pair))]
 
 
@@ -78,7 +78,7 @@ def _timeline(pair: Pair) -> Shown | None:
                 marks.setdefault(str(event["event"]), {}).setdefault(name, []).append(float(event["at"]))
     if not spans:
         return None
-    spans = dict(sorted(spans.items(), key=lambda item: (STAGES.index(item[0]) if item[0] in STAGES else len(STAGES), item[0])))
+    spans = {stage: spans[stage] for stage in STAGES if stage in spans}
     marks = dict(sorted(marks.items(), key=lambda item: (_rank(item[0]), item[0])))
     counted = "; ".join(f"{kind}: " + ", ".join(f"{len(at):,} {side}" for side, at in marks[kind].items()) for kind in marks)
     return Shown("What happens when", f"Stages and events of the run. {counted}", plot.timeline(spans, marks))
@@ -93,7 +93,7 @@ def _stages(side: Side) -> dict[str, tuple[float, float]]:
     times: dict[str, list[float]] = {}
     for row in (*side.events, *side.ledger):
         times.setdefault(str(row["stage"]), []).append(float(row["at"]))
-    return {stage: (min(at), max(at)) for stage, at in times.items() if stage != "run"}
+    return {stage: (min(at), max(at)) for stage, at in times.items() if stage in STAGES and stage != "run"}
 
 
 def _power(pair: Pair) -> Shown | None:
@@ -115,7 +115,7 @@ def _carbon(pair: Pair) -> Shown | None:
     if pair.sim is None or not rows:
         return None
     energy, water = pair.sim.value("run.energy"), pair.sim.value("run.water")
-    caption = f"Predicted from {show(energy, 'J')} of energy in {pair.plan.grid.name}; {show(water, 'L')} of water. "
+    caption = f"Predicted from {show(energy, 'J')} of energy on the grid “{pair.plan.grid.name}”, with {show(water, 'L')} of water. "
     return Shown("What it emits", caption + "The first two count the same energy in two ways.", plot.bars(rows, "carbon", "gCO2e"))
 
 
@@ -124,7 +124,8 @@ def _money(pair: Pair) -> Shown | None:
     if not rows:
         return None
     cost = next(side.quantities["run.cost"] for side in pair.sides if "run.cost" in side.quantities)
-    prices = f", from {show(cost.low, 'USD')} at the lowest price to {show(cost.high, 'USD')} at the highest" if cost.low is not None else ""
+    low, high = show(cost.low, "USD"), show(cost.high, "USD")
+    prices = f", between {low} and {high} at other prices" if cost.low is not None else ""
     caption = f"{show(cost.value, 'USD')} at the prices of {pair.plan.price.as_of}{prices}; divided by rank-time."
     return Shown("Where the money goes", caption, plot.shares(rows, "money-by-state", "USD"))
 

@@ -3,6 +3,7 @@
 Whatever is a plain string is text and is escaped; only `Html` is markup, and only this file and the figures make it.
 """
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -23,9 +24,10 @@ p { margin: 0 0 0.6rem; max-width: 72ch; }
 .note { border-left: 3px solid var(--mark); padding-left: 0.9rem; }
 small { display: block; font-size: 0.8rem; line-height: 1.35; }
 code { font: 0.88em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px; margin: 1.6rem 0 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 12px; margin: 1.6rem 0 0; }
 .card, figure, .box { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
-.card b { display: block; font-size: 1.35rem; line-height: 1.3; font-weight: 620; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.card b { display: block; font-size: 1.45rem; line-height: 1.3; font-weight: 620; font-variant-numeric: tabular-nums; }
+.card i { font-style: normal; font-size: 0.85rem; font-weight: 500; }
 .card span { display: block; font-size: 0.85rem; color: var(--soft); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; }
 figure { margin: 0; }
@@ -41,7 +43,10 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; white-space:
 tr.sum td { font-weight: 600; }
 .groups { columns: 2 400px; column-gap: 16px; }
 .groups section { break-inside: avoid; margin-bottom: 16px; }
-.groups td { white-space: normal; overflow-wrap: anywhere; }
+.groups td { white-space: normal; overflow-wrap: break-word; }
+.short { white-space: nowrap; }
+.box + p { margin-top: 0.7rem; }
+.groups tr:first-child td { border-top: 0; }
 .groups h3 { padding-top: 8px; }
 footer { margin-top: 3rem; font-size: 0.85rem; color: var(--soft); }
 @media (max-width: 560px) {
@@ -52,8 +57,14 @@ footer { margin-top: 3rem; font-size: 0.85rem; color: var(--soft); }
   .card b { font-size: 1.15rem; }
   figure { padding: 12px 10px; }
   .box { padding: 2px 10px; }
-  table { font-size: 0.86rem; }
-  th, td { padding-left: 12px; }
+  .numbers thead { display: none; }
+  .numbers tr { display: grid; grid-template-columns: 1fr 1fr 1fr; gap: 2px 12px; padding: 9px 0; border-top: 1px solid var(--line); }
+  .numbers tr:first-child { border-top: 0; }
+  .numbers td { border: 0; padding: 0; text-align: left; white-space: normal; }
+  .numbers td:first-child { grid-column: 1 / -1; }
+  .numbers td.none { display: none; }
+  .numbers td[data-label="10–90%"] { order: 1; grid-column: 1 / -1; }
+  .numbers td:not([data-label=""])::before { content: attr(data-label); display: block; font-size: 0.75rem; color: var(--soft); }
 }
 @media print {
   :root { --ink: #000; --soft: #444; --line: #ccc; --paper: #fff; --ground: #fff; }
@@ -64,20 +75,21 @@ footer { margin-top: 3rem; font-size: 0.85rem; color: var(--soft); }
   .figures { grid-template-columns: 1fr 1fr; }
 }
 """
-_VOID = ("meta", "br")
+_NOTHING = ("", "–")
+_VOID = ("meta", "wbr")
 
 
 class Html(str):
     """Markup, as opposed to text."""
 
 
-def tag(name: str, *content: str, **attributes: str) -> Html:
-    """An element; its text is escaped. Python's own words take an underscore at the end.
+def tag(name: str, /, *content: str, **attributes: str) -> Html:
+    """An element; its text is escaped. underscores in the names of attributes become dashes, one at the end falls off.
 
     >>> tag("p", "a < b ", tag("b", "c"), class_="soft")
     '<p class="soft">a &lt; b <b>c</b></p>'
     """
-    told = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items())
+    told = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
     return Html(f"<{name}{told}>" if name in _VOID else f"<{name}{told}>{join(*content)}</{name}>")
 
 
@@ -85,11 +97,20 @@ def join(*content: str) -> Html:
     return Html("".join(part if isinstance(part, Html) else escape(part) for part in content))
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "", sums: int = 0) -> Html:
-    """A table in a box that scrolls when it is wider than the page; the last `sums` rows are totals."""
-    lines = [tag("tr", *(tag("td", cell) for cell in row), class_="sum" if i >= len(rows) - sums else "row") for i, row in enumerate(rows)]
-    top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head))) if head else Html()
-    return tag("div", tag("table", top, tag("tbody", *lines), class_=kind or "numbers"), class_="box")
+def key(name: str) -> Html:
+    """A name of the program, which may break after its dots and underscores."""
+    return tag("code", *(part if part.isalnum() else join(part, tag("wbr")) for part in re.split(r"(?<=[._])", name)))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "numbers", sums: int = 0) -> Html:
+    """A table without its empty columns; the last `sums` rows are totals. On a phone, each cell carries its column's name."""
+    kept = [i for i in range(len(rows[0])) if i == 0 or any(row[i] not in _NOTHING for row in rows)]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [tag("td", row[i], data_label=head[i] if head and i else "", class_="none" if row[i] in _NOTHING else "some") for i in kept]
+        lines.append(tag("tr", *cells, class_="sum" if number >= len(rows) - sums else "row"))
+    top = tag("thead", tag("tr", *(tag("th", head[i], scope="col") for i in kept))) if head else Html()
+    return tag("div", tag("table", top, tag("tbody", *lines), class_=kind), class_="box")
 
 
 def document(title: str, *body: str) -> str:

@@ -6,7 +6,7 @@ Either half may be missing, and the measured half may have stopped in the middle
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,9 +48,17 @@ class Side:
         return found.value if found else None
 
     def series(self, stage: str, quantity: str) -> list[tuple[float, float]]:
-        """(step, value) of a quantity that is observed at steps; a step that was done twice counts as done last."""
+        """(step, value) as the first rank saw it; a step that was done twice counts as done last."""
         rows = [r for r in self.ledger if r["stage"] == stage and r["quantity"] == quantity and r.get("step") is not None]
-        return sorted({float(row["step"]): float(row["value"]) for row in rows}.items())
+        first = min((row.get("rank") or 0 for row in rows), default=0)
+        mine = sorted((r for r in rows if (r.get("rank") or 0) == first), key=lambda row: float(row["at"]))
+        return sorted({float(row["step"]): float(row["value"]) for row in mine}.items())
+
+    @property
+    def wall_clock(self) -> float | None:
+        """When the run ended by its own clock, which its states must add up to."""
+        ends = [float(e["at"]) for e in self.events if e["stage"] == "run" and e["event"] == "end"]
+        return max(ends, default=self.value("run.wall_clock"))
 
 
 @dataclass(frozen=True)
@@ -109,9 +117,9 @@ def _side(folder: Path) -> tuple[str | None, Side | None]:
     if summary is None and not ledger and not events:
         return None, None
     files = [folder / "summary.json"] if summary else [*folder.glob("ledger*"), *folder.glob("events*")]
-    quantities = _quantities(folder / "summary.json", summary) if summary else _so_far(ledger)
-    side = Side(folder, quantities, ledger, events, summary is not None, max(path.stat().st_mtime for path in files))
-    return (str(summary["plan"]) if summary else None), side
+    side = Side(folder, {}, ledger, events, summary is not None, max(path.stat().st_mtime for path in files))
+    quantities = _quantities(folder / "summary.json", summary) if summary else _so_far(side)
+    return (str(summary["plan"]) if summary else None), replace(side, quantities=quantities)
 
 
 def _rows(folder: Path, file: str) -> list[dict[str, Any]]:
@@ -147,9 +155,9 @@ def unit_of(name: str) -> str | None:
     return QUANTITIES.get(name.partition(".")[2], (None,))[0]
 
 
-def _so_far(ledger: list[dict[str, Any]]) -> dict[str, Value]:
+def _so_far(side: Side) -> dict[str, Value]:
     """What the ledger of a run that has no summary says: the median step until it stopped."""
-    times = [float(r["value"]) for r in ledger if r["stage"] == "pretrain" and r["quantity"] == "step_time"]
+    times = [seconds for _, seconds in side.series("pretrain", "step_time")]
     return {"pretrain.step_time": Value(median(times))} if times else {}
 
 
@@ -159,5 +167,6 @@ def _plan(folder: Path) -> Plan:
         raise Refused(f"{folder} has no plan.yaml, neither in sim nor in real; delete the folder and run: {RUN}")
     try:
         return from_yaml(paths[0])
-    except yaml.YAMLError as error:
-        raise Refused(f"{paths[0]} is no plan: {' '.join(str(error).split())}; delete {paths[0].parent} and run again") from error
+    except (Refused, yaml.YAMLError) as error:
+        why = " ".join(str(error).replace(f"{paths[0]}: ", "").split())
+        raise Refused(f"{paths[0]} is no plan of this version of foretold ({why}); delete {paths[0].parent} and run it again") from error

@@ -4,6 +4,7 @@ Ink and grid take the colour of the surrounding text, so that a figure is readab
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from io import BytesIO
@@ -32,6 +33,8 @@ STATE_COLOURS = {
 }  # fmt: skip
 _INK = "#010203"  # stands for the page's text colour until `_svg` replaces it
 _WIDTH = 4.7  # inches of 72 units: shown at half a page, 9 units of text are as large as the page's small print
+_STROKES = 54  # marks that fit side by side
+_ROUND = (1, 2, 2.5, 5, 10)
 _MOST = 400  # points that a line holds: more than its pixels
 _STYLE: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": _INK,
@@ -85,6 +88,7 @@ def step_time(measured: Points, predicted: float | None, band: tuple[float, floa
 def shares(rows: Mapping[str, Mapping[str, float]], name: str, unit: str) -> str:
     """Stacked horizontal bars, one a row, of what each state takes; large parts carry their share."""
     states = [state for state in STATE_COLOURS if any(row.get(state) for row in rows.values())]
+    most = max(sum(row.values()) for row in rows.values())
 
     def draw(axes: Axes) -> None:
         for place, row in enumerate(rows.values()):
@@ -92,11 +96,11 @@ def shares(rows: Mapping[str, Mapping[str, float]], name: str, unit: str) -> str
             for state in states:
                 width = row.get(state, 0.0)
                 axes.barh(place, width, left=left, color=STATE_COLOURS[state], height=0.62, label=None if place else state)
-                if width > 0.09 * whole:
-                    axes.text(left + width / 2, place, f"{width / whole:.0%}", ha="center", va="center", color="#ffffff", fontweight="bold")
+                if width > 0.08 * most:
+                    axes.text(left + width / 2, place, f"{width / whole:.0%}", ha="center", va="center", color=_on(STATE_COLOURS[state]))
                 left += width
         _lanes(axes, list(rows))
-        _amounts(axes.xaxis, max(sum(row.values()) for row in rows.values()), unit)
+        _amounts(axes.xaxis, most, unit)
         axes.figure.legend(loc="outside lower left", ncols=4, handlelength=0.9, columnspacing=1.2)
 
     return _svg(name, draw, 0.55 + 0.38 * len(rows) + 0.18 * ceil(len(states) / 4))
@@ -125,22 +129,34 @@ def timeline(spans: Spans, marks: Marks) -> str:
     lanes = [*spans, *marks]
     ends = [stop for lane in spans.values() for _, stop in lane.values()]
     end = max([*ends, *(at for lane in marks.values() for times in lane.values() for at in times)]) or 1.0
+    sides = {side for lane in (*spans.values(), *marks.values()) for side in lane}
 
     def draw(axes: Axes) -> None:
         for side, colour, shift in (("predicted", PREDICTED, -0.2), ("measured", MEASURED, 0.2)):
-            axes.plot([], [], color=colour, linewidth=5, label=side)
+            if side in sides:
+                axes.plot([], [], color=colour, linewidth=5, label=side)
             for place, lane in enumerate(lanes):
                 if side in spans.get(lane, {}):
                     start, stop = spans[lane][side]
                     axes.barh(place + shift, max(stop - start, end / 300), left=start, height=0.34, color=colour)
-                for at in sorted({round(time / end, 3) * end for time in marks.get(lane, {}).get(side, ())}):
-                    axes.plot([at, at], [place + shift - 0.17, place + shift + 0.17], color=colour, linewidth=1.6, solid_capstyle="butt")
+                _marks(axes, marks.get(lane, {}).get(side, ()), place + shift, end, colour)
         _lanes(axes, lanes)
         axes.set_xlim(0, end * 1.01)
         _amounts(axes.xaxis, end, "s")
         axes.figure.legend(loc="outside lower left", ncols=2)
 
     return _svg("timeline", draw, 0.8 + 0.27 * len(lanes))
+
+
+def _marks(axes: Axes, times: Sequence[float], place: float, end: float, colour: str) -> None:
+    """A stroke for each time or, where they would merge, a strip that is darker where more happens."""
+    if len(times) <= _STROKES:
+        axes.vlines(list(times), place - 0.17, place + 0.17, color=colour, linewidth=1.6)
+        return
+    counts = Counter(min(int(time / end * _STROKES), _STROKES - 1) for time in times)
+    for cell, count in sorted(counts.items()):
+        shade = 0.15 + 0.85 * count / max(counts.values())
+        axes.barh(place, end / _STROKES, left=cell * end / _STROKES, height=0.34, color=colour, alpha=shade, linewidth=0)
 
 
 def power(predicted: Points, measured: Points) -> str:
@@ -159,9 +175,15 @@ def power(predicted: Points, measured: Points) -> str:
     return _svg("power", draw)
 
 
+def _on(colour: str) -> str:
+    """Black or white, whichever is easier to read on a colour."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 125 else "#ffffff"
+
+
 def _steps(axes: Axes) -> None:
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=_ROUND, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
@@ -178,7 +200,9 @@ def _amounts(axis: Axis, most: float, unit: str) -> None:
     """Round numbers from zero in the unit that fits the largest."""
     name = show(most, unit).split(" ")[-1]
     factor = size_of("year" if name == "years" else name)[0] / size_of(unit)[0]
-    ticks = [tick for tick in MaxNLocator(5).tick_values(0, most / factor) if 0 <= tick * factor <= most * 1.001]
+    if most / factor >= 1e6:
+        name, factor = f"million {name}", factor * 1e6
+    ticks = [tick for tick in MaxNLocator(5, steps=_ROUND).tick_values(0, most / factor) if 0 <= tick * factor <= most * 1.001]
     axis.set_ticks([tick * factor for tick in ticks], [f"{tick:,g}" for tick in ticks])
     axis.set_label_text(name)
 

@@ -4,17 +4,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from analysis.compare import Row, large, learning, quantities, sentence, show_ratio, signed, states, sums, verdict, when
+from analysis.compare import Row, learning, quantities, sentence, show_ratio, signed, states, sums, unaccounted, verdict, when
 from analysis.figures import figures
-from analysis.page import Html, document, join, table, tag
+from analysis.page import Html, document, join, key, table, tag
 from analysis.pair import Pair, open_pair
-from conf.errors import Refused
 from conf.files import write
-from conf.node import Node, hints
-from conf.plan import groups
+from conf.node import Node
+from conf.plan import Plan, groups, keys
+from conf.profile import read_profile
 from conf.record import QUANTITIES
+from conf.rules import get
 from conf.units import show, unit_of
 
 OPTIONS = {
@@ -28,6 +27,7 @@ _CARDS = {
     "run.interruptions": "Interruptions", "pretrain.final_loss": "Final loss", "run.gpu_hours": "Device-hours", "run.energy": "Energy",
     "run.carbon_location": "Operational carbon", "run.cost": "Cost",
 }  # fmt: skip
+_SHORT = 22  # characters of a value that stay on one line
 _UNITS_FOR_PEOPLE = {"gCO2e/J": ("gCO2e/kWh", 3.6e6), "L/J": ("L/kWh", 3.6e6), "1/s": ("a year", 365.25 * 86400)}
 
 
@@ -42,14 +42,16 @@ def report(options: Mapping[str, str]) -> int:
 
 def page(pair: Pair) -> str:
     """The whole report as HTML; the same records give the same bytes."""
-    return document(f"{pair.plan.model.name} – {pair.id}", *_head(pair), *_pictures(pair), *_comparison(pair), *_assumptions(pair), _foot(pair))
+    body = [*_head(pair), *_pictures(pair), *_comparison(pair), *_assumptions(pair), *_plan(pair.plan), _foot(pair)]
+    return document(f"{pair.plan.model.name} – {pair.id}", *body)
 
 
 def _head(pair: Pair) -> Iterator[Html]:
     name, _, rest = sentence(pair.plan).partition(", ")
     yield tag("h1", name)
     yield tag("p", rest[:1].upper() + rest[1:], class_="lead")
-    yield tag("p", "Plan ", tag("code", pair.id), f" · predicted {when(pair.sim)} · measured {when(pair.real)}", class_="soft")
+    dates = [f" · {how} {when(side)}" for how, side in (("predicted", pair.sim), ("measured", pair.real)) if side]
+    yield tag("p", "Plan ", tag("code", pair.id), *dates, class_="soft")
     yield tag("p", verdict(pair), class_="note")
     if learned := learning(pair):
         yield tag("p", learned, class_="note")
@@ -64,7 +66,8 @@ def _card(title: str, row: Row) -> Html:
         big, small = row.measured, "measured, not predicted"
     else:
         big, small = row.measured, f"measured; {show(row.predicted, row.unit)} predicted"
-    return tag("div", tag("span", title), tag("b", show(big, row.unit)), tag("span", small), class_="card")
+    number, _, unit = show(big, row.unit).partition(" ")
+    return tag("div", tag("span", title), tag("b", number, tag("i", f" {unit}")), tag("span", small), class_="card")
 
 
 def _pictures(pair: Pair) -> Iterator[Html]:
@@ -79,7 +82,7 @@ def _pictures(pair: Pair) -> Iterator[Html]:
 def _comparison(pair: Pair) -> Iterator[Html]:
     yield tag("h2", "Predicted and measured")
     yield from (tag("p", line) for line in _what_was_measured(pair))
-    head = ("Quantity", "Predicted", "10–90%", "Measured", "Measured / predicted")
+    head = ("Quantity", "Predicted", "10–90%", "Measured", "Ratio")
     yield table(head, [_line(row) for row in quantities(pair)])
     found = states(pair)
     if found:
@@ -87,10 +90,11 @@ def _comparison(pair: Pair) -> Iterator[Html]:
         rows = [(s.name, show(s.predicted, "s"), show(s.measured, "s"), signed(s.difference), f"{s.share:.1%}") for s in found]
         rows += [(name, show(predicted, "s"), show(measured, "s"), "", "") for name, predicted, measured in sums(pair)]
         yield table(("State", "Predicted", "Measured", "Difference", "Share of the run"), rows, sums=2)
+        yield from (tag("p", said, class_="soft") for said in unaccounted(pair))
 
 
 def _line(row: Row) -> tuple[str, ...]:
-    name = join(tag("code", row.name), tag("small", QUANTITIES[row.name.partition(".")[2]][1]))
+    name = join(key(row.name), tag("small", QUANTITIES[row.name.partition(".")[2]][1]))
     return name, show(row.predicted, row.unit), row.band, show(row.measured, row.unit), show_ratio(row.ratio)
 
 
@@ -107,77 +111,70 @@ def _what_was_measured(pair: Pair) -> Iterator[str]:
     if pair.sim is None:
         yield "Nothing was predicted: every number is a measurement."
         return
-    yield f"{both} of {len(rows)} quantities were both predicted and measured."
+    yield f"{both} of {len(rows)} quantities were both predicted and measured; the ratio is of the measured to the predicted."
     if only:
         yield f"Only predicted, not measured: {', '.join(only)}."
 
 
 def _assumptions(pair: Pair) -> Iterator[Html]:
-    plan = pair.plan
-    named: dict[str, Node] = {name: getattr(plan, name) for name in groups()}
-    yield tag("h2", "What the prediction assumes")
-    yield tag("p", f"Prices are of {plan.price.as_of}. Where a number comes from, or that it is a guess, is said by its group:")
-    yield table(("Group", "Source"), [(name, str(node.source)) for name, node in named.items() if hasattr(node, "source")], "text")
-    if profile := _profile(pair):
-        yield tag("h2", "Calibration")
-        yield tag("p", "Rates measured on the machine; they replace those of the plan's tables.")
-        yield table(("Parameter", "Value", "Standard error", "Source"), profile, "text")
+    sources = {name: getattr(getattr(pair.plan, name), "source", None) for name in groups()}
+    yield tag("h2", "What the plan assumes")
+    yield tag(
+        "p", f"Prices are of {pair.plan.price.as_of}. Each group of the plan says where its numbers come from, or that they are guesses:"
+    )
+    yield table(("Group", "Source"), [(name, source) for name, source in sources.items() if source], "text")
+    yield from _calibration(pair)
+
+
+def _plan(plan: Plan) -> Iterator[Html]:
+    """Every key of the plan with its value and meaning, group by group."""
+    rows: dict[str, list[tuple[str, ...]]] = {}
+    for path, (annotation, means) in keys().items():
+        group, _, field = path.rpartition(".")
+        if field != "source":
+            told = join(key(field), tag("small", means))
+            value = _shown(get(plan, path), unit_of(annotation))
+            rows.setdefault(group or "run", []).append((told, tag("span", value, class_="short") if len(value) < _SHORT else value))
     yield tag("h2", "The plan")
-    whole = {name: getattr(plan, name) for name in ("seed", "start", "profile")}
-    sections = [_group("run", [_row(type(plan), name, value) for name, value in whole.items()])]
-    for name, node in named.items():
-        fields = [field for field in hints(type(node)) if field != "source"]
-        sections.append(_group(name, [_row(type(node), field, getattr(node, field)) for field in fields]))
-    yield tag("div", *sections, class_="groups")
-
-
-def _group(name: str, rows: list[tuple[str, ...]]) -> Html:
-    return tag("section", tag("div", tag("h3", name), table((), rows), class_="group"))
-
-
-def _row(kind: type[Node], field: str, value: Any) -> tuple[str, str]:
-    """A key of the plan with its meaning, and its value."""
-    means = str(kind.__dataclass_fields__[field].metadata["means"])
-    return join(tag("code", field), tag("small", means)), _shown(value, unit_of(hints(kind)[field]))
+    yield tag("div", *(tag("section", tag("h3", name), table((), told, "plan")) for name, told in rows.items()), class_="groups")
 
 
 def _shown(value: Any, unit: str | None) -> str:
     """A planned value for a person."""
-    if value is None:
-        return "–"
-    if isinstance(value, Node):
-        return ", ".join(f"{name} {_shown(getattr(value, name), unit_of(hint))}" for name, hint in hints(type(value)).items())
-    if isinstance(value, dict):
-        return join(*(tag("div", f"{name}: {_shown(inner, None)}") for name, inner in value.items())) if value else "none"
-    if isinstance(value, list):
-        flat = [number for row in value for number in row]
-        return f"{len(value)} × {len(value[0])} values, {min(flat):g} to {max(flat):g}"
-    if unit in _UNITS_FOR_PEOPLE:
+    if unit in _UNITS_FOR_PEOPLE and value is not None:
         name, size = _UNITS_FOR_PEOPLE[unit]
         return f"{value * size:.4g} {name}"
-    if unit and isinstance(value, float):
-        return show(value, unit)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, float):
+        return show(value, unit) if unit else f"{value:g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return _many(value) if isinstance(value, Node | dict | list) else "–" if value is None else str(value)
 
 
-def _profile(pair: Pair) -> list[tuple[str, ...]]:
-    """The calibrated parameters that the record holds a copy of.
+def _many(value: Any) -> str:
+    if isinstance(value, Node):
+        return ", ".join(f"{name} {_shown(getattr(value, name), unit_of(kind))}" for name, (kind, _) in keys(type(value)).items())
+    if isinstance(value, dict):
+        return join(*(tag("div", f"{name}: {_shown(inner, None)}") for name, inner in value.items())) or "none"
+    numbers = [number for row in value for number in row]
+    return f"{len(value)} × {len(value[0])} values, {min(numbers):g} to {max(numbers):g}"
 
-    Raises Refused for a file that is not a profile.
-    """
+
+def _calibration(pair: Pair) -> Iterator[Html]:
+    """The measured rates that the plan names, from the copy in its record."""
     path = next((path for side in pair.sides if (path := side.folder / "profile.yaml").is_file()), None)
     if path is None:
-        return []
-    try:
-        told = yaml.safe_load(path.read_text())["parameters"]
-        return [_parameter(name, entry) for name, entry in told.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise Refused(f"{path} is no profile ({' '.join(str(error).split())}); make it anew with foretold analysis calibrate") from error
-
-
-def _parameter(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
-    unit, error = str(entry.get("unit", "1")), entry.get("standard_error")
-    return name, show(float(entry["value"]), unit), show(None if error is None else float(error), unit), str(entry.get("source", "–"))
+        if pair.plan.profile:
+            yield tag("p", f"The plan takes its rates from {pair.plan.profile}, of which its record holds no copy.")
+        return
+    profile = read_profile(path)
+    told = (
+        f"Rates of {profile.name} ({profile.machine}), fitted on {profile.created} to measured operations; they replace the plan's tables."
+    )
+    rows = [(name, show(p.value, p.unit), f"± {show(p.standard_error, p.unit)}") for name, p in profile.parameters.items()]
+    yield tag("h2", "Calibration")
+    yield tag("p", told)
+    yield table(("Parameter", "Value", "Standard error"), rows)
 
 
 def _foot(pair: Pair) -> Html:

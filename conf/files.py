@@ -38,6 +38,8 @@ def refusal(error: OSError, path: Path) -> Refused:
     """A full disk or a forbidden folder as a line that a user can act on."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return Refused(f"{path}: the disk is full; free some space and run the same command again: it goes on where it stopped")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return Refused(f"{path}: no permission to write; make the folder writable, or name another with runs=DIR")
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return Refused(f"{path}: a file stands where a folder should be; move it, or name another folder with runs=DIR")
     return Refused(f"{path}: {error.strerror or error}")

@@ -66,7 +66,8 @@ def predict(plan: Plan, folder: Path, lives: int = 1) -> dict[str, Any]:
 
 def misfit(plan: Plan, told: Mapping[str, Any]) -> str:
     need = told["quantities"]["pretrain.peak_memory"]["value"]
-    return f"does not fit: needs {show(need, 'B')} of {show(plan.gpu.memory, 'B')} a device; raise mesh.tp, mesh.pp or cluster.nodes, or set train.recompute=full"
+    cure = "raise mesh.tp, mesh.pp or cluster.nodes, or set train.recompute=full"
+    return f"does not fit: needs {show(need, 'B')} of {show(plan.gpu.memory, 'B')} a device; {cure}"
 
 
 def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:

@@ -97,9 +97,9 @@ class Pretraining:
         self.world.event(STAGE, "failure", self.step, cause=fault.cause, server=server, planned=cause.planned)
         self.falls["planned" if cause.planned else "unexpected"] += 1
         self.in_a_row += 1
-        if self.in_a_row > PATIENCE and self.deadline == math.inf:
+        if self.in_a_row > PATIENCE:
             raise Refused(f"checkpoint.every={self.plan.checkpoint.every}: {PATIENCE:,} failures struck in a row before a checkpoint "
-                          "was saved; lower checkpoint.every or the rates in failures.causes, or set train.stop_after")  # fmt: skip
+                          "was saved; lower checkpoint.every, or the rates in failures.causes")  # fmt: skip
         self.step = self.checkpoints.safe
         self.evaluated = self.evaluated if self.evaluated <= self.step else -1
         noticed = [] if cause.planned else [("detect", failures.detect), ("diagnose", failures.diagnose)]

@@ -12,7 +12,8 @@ from sim.life import History
 from sim.summary import pretraining, run
 from sim.timeline import Bar, Segment
 
-SEGMENTS = 10_000  # stretches of the ledger; a longer story is told in even slices of time
+SEGMENTS = 10_000  # stretches that the ledger tells one by one; a longer story is told in SLICES of the time
+SLICES = 5_000
 BARS = 10_000  # the longest are drawn
 CHECKPOINTS = 10_000  # events of checkpoints and evaluations, evenly thinned
 
@@ -55,7 +56,7 @@ def _slices(segments: list[Segment], until: float) -> Iterator[list[Segment]]:
     if len(segments) <= SEGMENTS:
         yield from ([segment] for segment in segments)
         return
-    width = until / SEGMENTS
+    width = until / SLICES
     for _, bundle in groupby(segments, key=lambda s: (int(s.start / width), s.stage)):
         yield list(bundle)
 

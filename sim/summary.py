@@ -41,7 +41,7 @@ def loss(plan: Plan, tokens: float) -> float:
 
     >>> from conf.program import load
     >>> round(loss(load(["experiment=llama3_405b"]), 15.6e12), 3)
-    1.907
+    1.893
     """
     law = plan.law
     return float(law.irreducible + law.A / parameters(plan.model) ** law.alpha + law.B / tokens**law.beta)

@@ -1,0 +1,44 @@
+# Everything happens in .venv, which each target makes when it is not there.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: run test test-all lint types bench gpu clean
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "foretold needs Python 3.11 or newer, this is " + sys.version'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The loop: measure this machine, foretell the default plan, execute it, compare, report.
+run: $(READY)
+	$(BIN)/foretold real only=extract,dedup,tokens,kernels,network data.limit='3 MB' fresh=true
+	$(BIN)/foretold analysis calibrate
+	$(BIN)/foretold sim profile=runs/profile.yaml
+	$(BIN)/foretold real profile=runs/profile.yaml
+	$(BIN)/foretold analysis compare
+	$(BIN)/foretold analysis report
+
+test: $(READY)
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+test-all: $(READY)
+	$(BIN)/pytest -m 'not gpu'
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m tests.bench
+
+# On a machine with a GPU whose own Python holds torch and the other packages: nothing is installed.
+gpu:
+	$(PYTHON) -m tests.gpu
+
+clean:
+	rm -rf .venv build dist

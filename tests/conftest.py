@@ -1,0 +1,50 @@
+"""Shared by all tests: a small corpus, and the program run as a user runs it."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conf.program import main
+
+SHARED = Path(__file__).parents[2] / "shared"
+WORDS = [a + b for a in "the a of cat dog sun moon red blue run walk sees finds under over with and then not".split() for b in ("", "s", "ing", "ed")]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 documents of words with a grammar of sorts, two of them the same."""
+    folder = tmp_path_factory.mktemp("corpus")
+    dice = random.Random(7)
+    for i in range(120):
+        lines = (" ".join(dice.choices(WORDS, k=12)) for _ in range(dice.randint(20, 60)))
+        (folder / f"{i:03}.txt").write_text("\n".join(lines))
+    (folder / "twin.txt").write_text((folder / "000.txt").read_text().upper())
+    return folder
+
+
+# A plan that two cores execute in seconds.
+TINY = [
+    "model.layers=2", "model.hidden=32", "model.heads=4", "model.kv_heads=2", "model.ffn=64", "model.vocab=512", "tokenizer.vocab=512",
+    "train.seq_len=32", "train.global_batch=8", "train.micro_batch=2", "train.steps=8", "train.warmup=2", "train.evaluate_every=4",
+    "train.evaluate_sequences=8", "checkpoint.every=3", "cluster.cores_per_node=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(corpus: Path) -> list[str]:
+    return [*TINY, f"data.path={corpus}"]
+
+
+@pytest.fixture
+def foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`foretold ARGS` in an empty folder: status, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        status = main(list(args))
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return run

@@ -1,0 +1,135 @@
+"""The decoder against arithmetic, against its own parts, and against one process on every mesh that real executes."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conf.arithmetic import parameters
+from conf.program import load
+from real.model import Decoder, initialise, loss_sum, rotary, rotate
+from real.optim import learning_rate
+
+SHAPE = ["model.layers=2", "model.hidden=48", "model.heads=6", "model.kv_heads=2", "model.ffn=80", "model.vocab=512", "tokenizer.vocab=512"]
+
+
+def decoder(*overrides: str) -> Decoder:
+    model = Decoder(load([*SHAPE, *overrides]).model)
+    initialise(model, seed=0)
+    return model
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_parameters_are_what_the_plan_counts(tied):
+    plan = load([*SHAPE, f"model.tied={tied}"])
+    assert sum(p.numel() for p in Decoder(plan.model).parameters()) == parameters(plan.model)
+
+
+def test_names_and_layouts_are_hugging_faces():
+    names = dict(decoder("model.tied=false").named_parameters())
+    assert names["layers.0.self_attn.k_proj.weight"].shape == (16, 48) and names["layers.1.mlp.down_proj.weight"].shape == (48, 80)
+    assert {"embed_tokens.weight", "norm.weight", "lm_head.weight", "layers.0.input_layernorm.weight"} <= names.keys()
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_alone():
+    cos, sin = rotary(16, 8, 1e4, torch.device("cpu"))
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    turned = [rotate(x.expand(1, 1, 16, 8), cos, sin)[0, 0] for x in (q, k)]
+    torch.testing.assert_close(turned[0].norm(dim=-1), q.norm().expand(16))
+    scores = turned[0] @ turned[1].T
+    torch.testing.assert_close(scores.diagonal(3), scores[0, 3].expand(13), atol=1e-5, rtol=1e-5)
+
+
+def test_the_future_does_not_matter():
+    model, tokens = decoder(), torch.randint(512, (1, 12))
+    other = tokens.clone()
+    other[0, 7:] = torch.randint(512, (5,))
+    torch.testing.assert_close(model(tokens)[0, :7], model(other)[0, :7])
+
+
+def test_logits_equal_a_decoder_written_out():
+    """The same numbers from a plain transcription of the Llama equations, heads looped, no fused kernel."""
+    model, tokens = decoder(), torch.randint(512, (2, 9))
+    shape, w = model.shape, dict(model.named_parameters())
+
+    def norm(x, weight):
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + shape.norm_epsilon) * weight
+
+    x = w["embed_tokens.weight"][tokens]
+    cos, sin = rotary(9, 8, shape.rope_theta, torch.device("cpu"))
+    for i in range(shape.layers):
+        at = f"layers.{i}."
+        y = norm(x, w[at + "input_layernorm.weight"])
+        heads = []
+        for h in range(shape.heads):
+            g = h // (shape.heads // shape.kv_heads)
+            q = rotate(y @ w[at + "self_attn.q_proj.weight"][h * 8 : h * 8 + 8].T, cos, sin)
+            k = rotate(y @ w[at + "self_attn.k_proj.weight"][g * 8 : g * 8 + 8].T, cos, sin)
+            v = y @ w[at + "self_attn.v_proj.weight"][g * 8 : g * 8 + 8].T
+            scores = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
+            heads.append(scores.softmax(-1) @ v)
+        x = x + torch.cat(heads, -1) @ w[at + "self_attn.o_proj.weight"].T
+        y = norm(x, w[at + "post_attention_layernorm.weight"])
+        gate, up = y @ w[at + "mlp.gate_proj.weight"].T, y @ w[at + "mlp.up_proj.weight"].T
+        x = x + (F.silu(gate) * up) @ w[at + "mlp.down_proj.weight"].T
+    expected = norm(x, w["norm.weight"]) @ w["embed_tokens.weight"].T
+    torch.testing.assert_close(model(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_untrained_model_guesses_evenly():
+    model, tokens = decoder(), torch.randint(512, (4, 33))
+    loss = loss_sum(model(tokens[:, :-1]), tokens[:, 1:]) / 128
+    assert float(loss) == pytest.approx(math.log(512), abs=0.1)
+
+
+def test_recomputing_changes_nothing():
+    tokens, gradients = torch.randint(512, (2, 17)), []
+    for recompute in (False, True):
+        model = Decoder(load(SHAPE).model, recompute)
+        initialise(model, 0)
+        loss_sum(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_schedules():
+    train = load(["train.steps=100", "train.warmup=10", "train.final_rate=0.1", "train.learning_rate=1.0"]).train
+    assert [learning_rate(train, s) for s in (0, 9, 10)] == [0.1, 1.0, 1.0]
+    assert learning_rate(train, 55) == pytest.approx(0.55) and learning_rate(train, 100) == pytest.approx(0.1)
+    wsd = train.but(schedule="wsd", decay=0.2)
+    assert learning_rate(wsd, 70) == 1.0 and learning_rate(wsd, 91) == pytest.approx(0.55) and learning_rate(wsd, 100) == pytest.approx(0.1)
+    assert learning_rate(train.but(schedule="constant", steps=None), 10**6) == 1.0
+
+
+MESHES = [("1", []), ("2", []), ("2", ["mesh.dp_replicate=2", "mesh.dp_shard=1"]), ("2", ["model.tied=false"]), ("1", ["model.tied=false"]),
+          ("2", ["train.recompute=full"]), ("2", ["train.micro_batch=4"])]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def losses(corpus: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Losses and gradient norms by step on a mesh."""
+    from conf.record import read
+    from tests.conftest import TINY
+
+    def run(gpus: str, overrides: list[str]) -> list[float]:
+        folder = tmp_path_factory.mktemp("mesh")
+        args = [*TINY, f"data.path={corpus}", f"cluster.gpus_per_node={gpus}", "checkpoint.every=0", "train.steps=5", *overrides]
+        command = [sys.executable, "-m", "real", "json=true", f"runs={folder}", *args]
+        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
+        rows = read(next(folder.glob("*/real")), "ledger")
+        return [r["value"] for r in rows if r["quantity"] in ("loss", "gradient_norm") and r["stage"] == "pretrain"]
+
+    return run
+
+
+def test_every_mesh_trains_as_one_process(losses):
+    runs = {(gpus, *overrides): losses(gpus, overrides) for gpus, overrides in MESHES}
+    for (gpus, *overrides), values in runs.items():
+        alone = runs[("1", "model.tied=false")] if "model.tied=false" in overrides else runs[("1",)]
+        assert len(values) == 10
+        assert values == pytest.approx(alone, rel=2e-5), (gpus, overrides)
