@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 
 # The loop: measure this machine, foretell the default plan, execute it, compare, report.
 run: $(READY)
-	$(BIN)/foretold real only=extract,dedup,tokens,kernels,network data.limit='3 MB' fresh=true
+	$(BIN)/foretold real only=extract,dedup,tokens,kernels,network data.limit='8 MB' fresh=true
 	$(BIN)/foretold analysis calibrate
 	$(BIN)/foretold sim profile=runs/profile.yaml
 	$(BIN)/foretold real profile=runs/profile.yaml

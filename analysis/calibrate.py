@@ -5,6 +5,7 @@ robust loss, so that a shape hit by another process does not bend the rest. The 
 """
 
 import csv
+import json
 import platform
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -42,8 +43,6 @@ def calibrate(options: Mapping[str, str]) -> int:
     out = Path(options["out"])
     write(out, profile_yaml(profile))
     if options["json"] == "true":
-        import json
-
         print(json.dumps({"profile": str(out), "parameters": {n: vars(p) for n, p in parameters.items()}, "error_pct": report}))
         return 0
     print(f"{len(parameters)} rates of {profile.name}, from {folder}")
@@ -188,18 +187,22 @@ def _data(plan: Plan, folder: Path) -> dict[str, Parameter]:
     """Rates of the data stages and of starting, where the measurement ran them."""
     rows = read(folder, "ledger")
     told = {f"{row['stage']}.{row['quantity']}": row["value"] for row in rows}
+    ends = {row["stage"]: json.loads(row["detail"]) for row in read(folder, "events") if row["event"] == "end"}
     cores = min(plan.cluster.gpus_per_node, plan.cluster.cores_per_node)
+    busy = {stage: min(cores, detail.get("tasks", cores)) for stage, detail in ends.items()}
     found: dict[str, float] = {}
     if "extract.seconds" in told:
-        found["extract_rate"] = told["extract.bytes"] / told["extract.seconds"] / cores
+        found["extract_rate"] = told["extract.bytes"] / told["extract.seconds"] / busy["extract"]
     if "dedup.seconds" in told and "extract.bytes" in told:
-        found["dedup_rate"] = told["extract.bytes"] / told["dedup.seconds"] / cores
+        found["dedup_rate"] = told["extract.bytes"] / told["dedup.seconds"] / busy["dedup"]
     if "tokens.seconds" in told:
         training = told["tokens.tokenizer_seconds"]
-        found["train_rate"] = min(plan.tokenizer.sample, told["tokens.bytes"]) / training / cores
-        found["encode_rate"] = told["tokens.bytes"] / max(told["tokens.seconds"] - training, 1e-3) / cores
+        found["train_rate"] = min(plan.tokenizer.sample, told["tokens.bytes"]) / training / plan.cluster.cores_per_node
+        found["encode_rate"] = told["tokens.bytes"] / max(told["tokens.seconds"] - training, 1e-3) / busy["tokens"]
     parameters = {name: Parameter(value, "B/s") for name, value in found.items()}
-    starts = [row["value"] for row in rows if row["quantity"] == "init" and row["stage"] == "measure"]
-    return parameters | ({"init": Parameter(float(np.mean(starts)), "s")} if starts else {})
+    for name, stage, share in (("init", "measure", 1), ("workers", "run", plan.ranks)):
+        starts = [row["value"] / share for row in rows if row["quantity"] == "init" and row["stage"] == stage]
+        parameters |= {name: Parameter(float(np.mean(starts)), "s")} if starts else {}
+    return parameters
 
 

@@ -40,7 +40,8 @@ class Row:
 
     @property
     def band(self) -> str:
-        return "–" if self.low is None or self.high is None else f"{show(self.low, self.unit)} – {show(self.high, self.unit)}"
+        low, high = show(self.low, self.unit), show(self.high, self.unit)
+        return "–" if low == high else f"{low} – {high}"
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class State:
 
 def compare(options: Mapping[str, str]) -> int:
     """Print the comparison; exit status 0."""
-    pair = open_pair(options["runs"], options["plan"])
-    print(json.dumps(as_json(pair), indent=1) if flag(options, "json") else as_text(pair))
+    only_json, pair = flag(options, "json"), open_pair(options["runs"], options["plan"])
+    print(json.dumps(as_json(pair), indent=1) if only_json else as_text(pair))
     return 0
 
 
@@ -118,9 +119,14 @@ def verdict(pair: Pair) -> str:
         return "No step has been measured: run foretold real." if row.predicted is None else _unmeasured(row)
     if row.ratio is None:
         return f"A step took {show(row.measured, 's')}; nothing was predicted: run foretold sim."
-    error = row.ratio - 1
-    how = "as predicted" if abs(error) < 0.005 else f"{abs(error):.1%} {'longer' if error > 0 else 'shorter'} than predicted"
-    return f"A step took {show(row.measured, 's')}, where {show(row.predicted, 's')} was predicted: {how}{_inside(row)}."
+    return f"A step took {show(row.measured, 's')}, where {show(row.predicted, 's')} was predicted: {_how_far(row.ratio)}{_inside(row)}."
+
+
+def _how_far(ratio: float) -> str:
+    if ratio >= 2:
+        return f"{ratio:.1f} times as long as predicted"
+    error = ratio - 1
+    return "as predicted" if abs(error) < 0.005 else f"{abs(error):.1%} {'longer' if error > 0 else 'shorter'} than predicted"
 
 
 def _unmeasured(row: Row) -> str:
@@ -128,7 +134,7 @@ def _unmeasured(row: Row) -> str:
 
 
 def _inside(row: Row) -> str:
-    if row.low is None or row.high is None or row.measured is None:
+    if row.low is None or row.high is None or row.measured is None or row.band == "–":
         return ""
     return f", {'inside' if row.low <= row.measured <= row.high else 'outside'} the predicted 10–90% band ({row.band})"
 

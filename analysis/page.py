@@ -13,7 +13,7 @@ STYLE = """
   :root { --ink: #e4e7eb; --soft: #9aa4b1; --line: #2f353d; --paper: #1a1e24; --ground: #121519; --mark: #7ab8f5; }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 40px 20px 64px; }
 h1 { font-size: 1.9rem; line-height: 1.2; font-weight: 650; letter-spacing: -0.015em; margin: 0 0 0.3rem; }
 h2 { font-size: 1.25rem; font-weight: 650; margin: 2.6rem 0 0.9rem; }
@@ -67,11 +67,11 @@ footer { margin-top: 3rem; font-size: 0.85rem; color: var(--soft); }
   .numbers td:not([data-label=""])::before { content: attr(data-label); display: block; font-size: 0.75rem; color: var(--soft); }
 }
 @media print {
-  :root { --ink: #000; --soft: #444; --line: #ccc; --paper: #fff; --ground: #fff; }
-  body { font-size: 11px; }
+  :root { --ink: #000; --soft: #444; --line: #ccc; --paper: #fff; --ground: #fff; font-size: 11px; }
   main { max-width: none; padding: 0; }
   .card, figure, tr, h2 { break-inside: avoid; }
   h2 { break-after: avoid; }
+  .cards { grid-template-columns: repeat(4, 1fr); }
   .figures { grid-template-columns: 1fr 1fr; }
 }
 """

@@ -19,7 +19,7 @@ from conf.program import from_yaml
 from conf.record import QUANTITIES, Value, read, read_summary, state_totals
 
 RUN = "foretold sim && foretold real"
-_NEEDED = {"ledger": ("at", "stage", "quantity", "value"), "events": ("at", "stage", "event")}
+_NEEDED = {"ledger": ("at", "stage", "quantity"), "events": ("at", "stage", "event")}
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,15 @@ def _side(folder: Path) -> tuple[str | None, Side | None]:
 
 
 def _rows(folder: Path, file: str) -> list[dict[str, Any]]:
-    rows = read(folder, file)
+    """The rows of a ledger or of the events, without values that were not finite, which a record keeps as null."""
+    try:
+        rows = read(folder, file)
+    except ValueError as error:
+        raise Refused(f"{folder}: a line of its {file} is corrupt ({error}); delete the folder and run again") from error
     for row in rows:
         if not isinstance(row, dict) or any(row.get(name) is None for name in _NEEDED[file]):
             raise Refused(f"{folder}: a row of its {file} is not one of foretold ({_short(row)}); delete the folder and run again")
-    return rows
+    return [row for row in rows if row.get("value", 0.0) is not None]
 
 
 def _short(row: Any) -> str:

@@ -46,6 +46,7 @@ _STYLE: Any = {
 
 def loss(measured: Points, predicted: Points, held_out: Points, levels: Mapping[str, float]) -> str:
     """Training loss over steps, held-out evaluations as dots, and levels to compare with, such as the bigram's."""
+    top = 1.1 * max(value for _, value in (*measured, *predicted, *held_out))
 
     def draw(axes: Axes) -> None:
         if predicted:
@@ -54,13 +55,15 @@ def loss(measured: Points, predicted: Points, held_out: Points, levels: Mapping[
             axes.plot(*_xy(_thin(measured)), color=MEASURED, linewidth=1, label="training, measured")
         if held_out:
             axes.plot(*_xy(held_out), "o", color=OTHER, markersize=4.5, label="held out, measured")
-        for (name, value), style in zip(levels.items(), ("--", ":", "-."), strict=False):
-            axes.axhline(value, color=_INK, alpha=0.7, linewidth=1, linestyle=style, label=name)
-        _steps(axes)
+        for (name, value), style in zip(levels.items(), ("--", ":"), strict=False):
+            said = f"{name} {value:.3g}" + (", above" if value > top else "")
+            axes.axhline(min(value, top), color=_INK, alpha=0.7, linewidth=1, linestyle=style, label=said)
+        axes.set_ylim(top=top)
         axes.set_ylabel("nat/token")
-        axes.legend(loc="upper right")
+        _steps(axes)
+        _legend(axes)
 
-    return _svg("loss", draw)
+    return _svg("loss", draw, 3.0)
 
 
 def step_time(measured: Points, predicted: float | None, band: tuple[float, float] | None) -> str:
@@ -80,9 +83,9 @@ def step_time(measured: Points, predicted: float | None, band: tuple[float, floa
         axes.set_ylim(0, top)
         _amounts(axes.yaxis, top, "s")
         _steps(axes)
-        axes.legend(loc="lower right", ncols=2)
+        _legend(axes)
 
-    return _svg("step-time", draw)
+    return _svg("step-time", draw, 3.0)
 
 
 def shares(rows: Mapping[str, Mapping[str, float]], name: str, unit: str) -> str:
@@ -101,7 +104,7 @@ def shares(rows: Mapping[str, Mapping[str, float]], name: str, unit: str) -> str
                 left += width
         _lanes(axes, list(rows))
         _amounts(axes.xaxis, most, unit)
-        axes.figure.legend(loc="outside lower left", ncols=4, handlelength=0.9, columnspacing=1.2)
+        _legend(axes, columns=4, handlelength=0.9)
 
     return _svg(name, draw, 0.55 + 0.38 * len(rows) + 0.18 * ceil(len(states) / 4))
 
@@ -143,7 +146,7 @@ def timeline(spans: Spans, marks: Marks) -> str:
         _lanes(axes, lanes)
         axes.set_xlim(0, end * 1.01)
         _amounts(axes.xaxis, end, "s")
-        axes.figure.legend(loc="outside lower left", ncols=2)
+        _legend(axes)
 
     return _svg("timeline", draw, 0.8 + 0.27 * len(lanes))
 
@@ -170,9 +173,9 @@ def power(predicted: Points, measured: Points) -> str:
         axes.set_ylim(0, 1.2 * max(value for _, value in points))
         _amounts(axes.yaxis, 1.2 * max(value for _, value in points), "W")
         _amounts(axes.xaxis, max(at for at, _ in points), "s")
-        axes.legend(loc="lower right")
+        _legend(axes)
 
-    return _svg("power", draw)
+    return _svg("power", draw, 2.6)
 
 
 def _on(colour: str) -> str:
@@ -185,6 +188,11 @@ def _steps(axes: Axes) -> None:
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=_ROUND, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _legend(axes: Axes, columns: int = 2, handlelength: float = 2.0) -> None:
+    """Below the axes, where it hides nothing."""
+    axes.figure.legend(loc="outside lower left", ncols=columns, handlelength=handlelength, columnspacing=1.2)
 
 
 def _lanes(axes: Axes, names: Sequence[str]) -> None:
@@ -224,7 +232,7 @@ def _xy(points: Points) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _svg(name: str, draw: Callable[[Axes], None], height: float = 2.7) -> str:
+def _svg(name: str, draw: Callable[[Axes], None], height: float) -> str:
     """The drawing as an inline SVG as wide as its place, with ids of its own and the page's ink and font."""
     with rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(_WIDTH, height), dpi=72, layout="constrained")

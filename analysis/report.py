@@ -132,11 +132,17 @@ def _plan(plan: Plan) -> Iterator[Html]:
     for path, (annotation, means) in keys().items():
         group, _, field = path.rpartition(".")
         if field != "source":
-            told = join(key(field), tag("small", means))
-            value = _shown(get(plan, path), unit_of(annotation))
-            rows.setdefault(group or "run", []).append((told, tag("span", value, class_="short") if len(value) < _SHORT else value))
+            rows.setdefault(group or "run", []).extend(_planned(field, means, get(plan, path), unit_of(annotation)))
     yield tag("h2", "The plan")
     yield tag("div", *(tag("section", tag("h3", name), table((), told, "plan")) for name, told in rows.items()), class_="groups")
+
+
+def _planned(field: str, means: str, value: Any, unit: str | None) -> list[tuple[str, ...]]:
+    """A row for a value, or one for each entry of a table of values."""
+    if isinstance(value, dict) and value:
+        return [row for name, inner in value.items() for row in _planned(f"{field}.{name}", means, inner, None)]
+    text = _shown(value, unit)
+    return [(join(key(field), tag("small", means)), tag("span", text, class_="short") if len(text) < _SHORT else text)]
 
 
 def _shown(value: Any, unit: str | None) -> str:
@@ -146,16 +152,19 @@ def _shown(value: Any, unit: str | None) -> str:
         return f"{value * size:.4g} {name}"
     if isinstance(value, float):
         return show(value, unit) if unit else f"{value:g}"
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and value >= 10_000:
         return f"{value:,}"
-    return _many(value) if isinstance(value, Node | dict | list) else "–" if value is None else str(value)
+    if isinstance(value, Node | list):
+        return _several(value)
+    return "–" if value in (None, {}) else str(value)
 
 
-def _many(value: Any) -> str:
+def _several(value: Any) -> str:
     if isinstance(value, Node):
-        return ", ".join(f"{name} {_shown(getattr(value, name), unit_of(kind))}" for name, (kind, _) in keys(type(value)).items())
-    if isinstance(value, dict):
-        return join(*(tag("div", f"{name}: {_shown(inner, None)}") for name, inner in value.items())) or "none"
+        told = {name: (getattr(value, name), unit_of(kind)) for name, (kind, _) in keys(type(value)).items()}
+        return ", ".join(
+            name if inner is True else f"{name} {_shown(inner, unit)}" for name, (inner, unit) in told.items() if inner is not False
+        )
     numbers = [number for row in value for number in row]
     return f"{len(value)} × {len(value[0])} values, {min(numbers):g} to {max(numbers):g}"
 

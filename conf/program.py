@@ -115,12 +115,13 @@ def from_yaml(path: Path) -> Plan:
     Raises Refused when the file is not a whole plan.
     """
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
     found: list[str] = []
     try:
         plan = build(Plan, OmegaConf.to_container(OmegaConf.load(path)), "", found)
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path} is no plan: {error}") from error
+    except (OSError, ValueError, YAMLError) as error:
+        raise Refused(f"{path} is no plan: {' '.join(str(error).split())}") from error
     if found or not isinstance(plan, Plan):
         raise Refused(*(f"{path}: {problem}" for problem in found))
     return plan

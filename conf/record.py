@@ -87,6 +87,14 @@ class Record:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise refusal(error, folder) from error
+            self._part_from_torn_lines()
+
+    def _part_from_torn_lines(self) -> None:
+        """A crash may have left half a line: what follows starts on a line of its own."""
+        for path in self.folder.glob(f"*.rank{self.rank}.jsonl"):
+            if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+                with path.open("a") as out:
+                    out.write("\n")
 
     def now(self) -> float:
         """Seconds since the run began, earlier attempts included."""
@@ -95,7 +103,8 @@ class Record:
     def observe(self, stage: str, quantity: str, value: float, step: int | None = None, at: float | None = None) -> None:
         """One row of the ledger; the quantity must be a known one."""
         unit = QUANTITIES[quantity][0]
-        row = {"at": self.now() if at is None else at, "stage": stage, "quantity": quantity, "value": value, "unit": unit}
+        told = value if math.isfinite(value) else None  # JSON knows no NaN
+        row = {"at": self.now() if at is None else at, "stage": stage, "quantity": quantity, "value": told, "unit": unit}
         self._append("ledger", row | {"step": step, "rank": self.rank})
 
     def event(self, stage: str, event: str, step: int | None = None, at: float | None = None, **detail: Any) -> None:
@@ -134,27 +143,36 @@ class Record:
 
 def seal(folder: Path, records: Iterable[Record] = ()) -> None:
     """Gather the JSON lines of all ranks into ledger.parquet, events.parquet and trace.json."""
-    for file, columns in (("ledger", _LEDGER), ("events", _EVENTS)):
-        rows = read(folder, file) + [json.loads(line) for r in records if not r.live for line in r.lines[file]]
-        _parquet(folder / f"{file}.parquet", sorted(rows, key=lambda row: row["at"]), columns)
-    bars = _lines(folder, "spans") + [json.loads(line) for r in records if not r.live for line in r.lines["spans"]]
-    bars = _earlier_bars(folder) + bars
-    write(folder / "trace.json", json.dumps({"traceEvents": bars, "displayTimeUnit": "ms"}))
+    said = {file: _lines(folder, file) + [line for r in records if not r.live for line in r.lines[file]] for file in _FILES}
+    for file in ("ledger", "events"):
+        _seal_table(folder / f"{file}.parquet", said[file], _COLUMNS[file])
+    bars = [json.dumps(bar) for bar in _earlier_bars(folder)] + said["spans"]
+    write(folder / "trace.json", '{"displayTimeUnit": "ms", "traceEvents": [\n' + ",\n".join(bars) + "\n]}\n")
     for path in folder.glob("*.rank*.jsonl"):
         path.unlink()
 
 
-_LEDGER = {"at": "double", "stage": "string", "quantity": "string", "value": "double", "unit": "string", "step": "int64", "rank": "int64"}
-_EVENTS = {"at": "double", "stage": "string", "event": "string", "step": "int64", "rank": "int64", "detail": "string"}
+_FILES = ("ledger", "events", "spans")
+_PLACE = {"step": "int64", "rank": "int64"}
+_COLUMNS = {
+    "ledger": {"at": "double", "stage": "string", "quantity": "string", "value": "double", "unit": "string", **_PLACE},
+    "events": {"at": "double", "stage": "string", "event": "string", **_PLACE, "detail": "string"},
+}
 
 
-def _parquet(path: Path, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+def _seal_table(path: Path, lines: list[str], columns: dict[str, str]) -> None:
+    """JSON lines to Parquet, after the rows that are there already, in the order of time."""
     import pyarrow as pa
+    import pyarrow.json
     import pyarrow.parquet as pq
 
     schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
-    table = pa.table({name: [row.get(name) for row in rows] for name in columns}, schema=schema)
-    commit(path, lambda temporary: pq.write_table(table, temporary))
+    options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    text = pa.py_buffer("\n".join(lines).encode())
+    rows = pa.json.read_json(pa.BufferReader(text), parse_options=options).select(list(columns)) if lines else schema.empty_table()
+    if path.is_file():
+        rows = pa.concat_tables([pq.read_table(path), rows])
+    commit(path, lambda temporary: pq.write_table(rows.sort_by("at"), temporary))
 
 
 def _earlier_bars(folder: Path) -> list[dict[str, Any]]:
@@ -162,15 +180,19 @@ def _earlier_bars(folder: Path) -> list[dict[str, Any]]:
     return list(json.loads(path.read_text())["traceEvents"]) if path.is_file() else []
 
 
-def _lines(folder: Path, file: str) -> list[dict[str, Any]]:
-    rows = []
+def _lines(folder: Path, file: str) -> list[str]:
+    """Lines of all ranks, without one that a crash tore."""
+    lines = []
     for path in sorted(folder.glob(f"{file}.rank*.jsonl")):
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # the line that a crash tore
-    return rows
+        lines += [line for line in path.read_text(errors="replace").splitlines() if _whole(line)]
+    return lines
+
+
+def _whole(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
 
 
 def read(folder: Path, file: str) -> list[dict[str, Any]]:
@@ -184,7 +206,7 @@ def read(folder: Path, file: str) -> list[dict[str, Any]]:
             rows = pq.read_table(path).to_pylist()
         except (OSError, ValueError) as error:
             raise Refused(f"{path} is no readable Parquet file ({error}); delete the folder {folder} and run again") from error
-    return rows + _lines(folder, file)
+    return rows + [json.loads(line) for line in _lines(folder, file)]
 
 
 def summarise(folder: Path, plan_id: str, program: str, quantities: Mapping[str, float | Value]) -> dict[str, Any]:

@@ -151,8 +151,10 @@ def show(value: float | None, unit: str) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
     if unit == "s":
+        if value == 0:
+            return "0 s"
         name = next(n for limit, n in _SPANS if abs(value) >= limit)
-        return f"{_three(value / _SPAN_SIZES[name] if value else 0.0)} {name}"
+        return f"{_three(value / _SPAN_SIZES[name])} {name}"
     if unit == "J":
         return show(value / 3600, "Wh")
     if unit == "USD":

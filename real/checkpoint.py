@@ -80,8 +80,10 @@ def complete(folder: Path) -> list[Path]:
     return sorted(p.parent for p in folder.glob("step-*/manifest.json"))
 
 
-def newest(folder: Path, plan: Plan) -> tuple[Path, int] | None:
-    """The newest checkpoint that is whole and belongs to this plan, with its step; None when there is none at all.
+def newest(folder: Path, plan: Plan) -> tuple[Path, int, list[str]] | None:
+    """The newest checkpoint that is whole and belongs to this plan, its step, and why newer ones were passed over.
+
+    None when there is none at all.
 
     Raises Refused when checkpoints exist and none can be trusted: it names each with its reason.
     """
@@ -89,7 +91,7 @@ def newest(folder: Path, plan: Plan) -> tuple[Path, int] | None:
     for path in reversed(complete(folder)):
         reason, manifest = check(path, plan)
         if reason is None:
-            return path, int(manifest["step"])
+            return path, int(manifest["step"]), reasons
         reasons.append(f"{path}: {reason}")
     if reasons:
         raise Refused(*(f"{reason}; delete it to start without it" for reason in reasons))

@@ -2,9 +2,11 @@
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -52,11 +54,14 @@ def launch(plan: Plan, folder: Path, work: Work, *arguments: Any) -> None:
     Raises Refused with what a rank refused. Ranks on CPU are forked from this process, which has imported what they
     need: two start in a tenth of a second instead of eight.
     """
+    for noisy in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # ranks print what befell them themselves
     complaint = folder / "refused.json"
     complaint.unlink(missing_ok=True)
     if under_torchrun():
         return _rank(plan, complaint, work, arguments)
     import torch._dynamo  # noqa: F401  fully_shard needs it: imported once here, not once a rank
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -67,6 +72,8 @@ def launch(plan: Plan, folder: Path, work: Work, *arguments: Any) -> None:
     torch.set_num_threads(1)
     try:
         elastic_launch(config, _rank)(plan, complaint, work, arguments)
+    except SignalException as stopped:
+        raise KeyboardInterrupt from stopped
     except ChildFailedError as error:
         if complaint.is_file():
             raise Refused(*json.loads(complaint.read_text())) from error
@@ -98,6 +105,9 @@ def _rank(plan: Plan, complaint: Path, work: Work, arguments: tuple[Any, ...]) -
         if not complaint.is_file():
             write(complaint, json.dumps(refused.problems))
         sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

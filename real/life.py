@@ -10,7 +10,7 @@ from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
 from conf.program import to_yaml
-from conf.record import Record, read, read_summary, seal, summarise
+from conf.record import STATES, Record, read, read_summary, seal, summarise
 from real.summary import summary
 from real import dedup, extract, stage, tokens
 from real.stage import Manifest
@@ -67,6 +67,12 @@ class Life:
         self.record.observe(where, state, (now - began) * self.plan.ranks)
         self.record.span(where, began, now, where, lane="job")
 
+    def _spend_rest(self, stage: str, launched: float) -> None:
+        """What the ranks did not book themselves since they were started: their way out."""
+        rows = read(self.folder, "ledger")
+        booked = sum(row["value"] for row in rows if row["stage"] == stage and row["at"] >= launched and row["quantity"] in STATES)
+        self.record.observe(stage, "idle", max(0.0, (self.record.now() - launched) * self.plan.ranks - booked))
+
     def _progress(self, name: str) -> Callable[[float], None]:
         return lambda share: self.say(f"\r{name} {share:.0%}")
 
@@ -109,8 +115,9 @@ class Life:
         told = read_summary(self.folder.parent / "sim")
         foretold = told["quantities"].get("pretrain.step_time", {}).get("value") if told else None
         self.record.event("pretrain", "start")
-        start = Start(self.folder, self.epoch, self.record.now(), self.furthest, foretold)
-        self._launch(pretrain, start)
+        launched = self.record.now()
+        self._launch(pretrain, Start(self.folder, self.epoch, launched, self.furthest, foretold))
+        self._spend_rest("pretrain", launched)
 
     def measure(self, names: Collection[str]) -> None:
         """Time this machine's operations and collectives into kernels.csv and network.csv."""

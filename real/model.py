@@ -120,16 +120,18 @@ def loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 def initialise(model: Decoder, seed: int) -> None:
     """Fill every parameter from a generator seeded by its name: the same weights whatever the mesh.
 
-    Normal with 0.02, projections into the residual stream scaled by 1/sqrt(2 layers) (GPT-2); norms are ones.
+    Matrices are normal with 1/sqrt(fan-in), those into the residual stream divided by sqrt(2 layers) as in GPT-2, the
+    embedding with 0.02; norms are ones.
     """
-    deep = 0.02 / math.sqrt(2 * model.shape.layers)
+    deep = 1 / math.sqrt(2 * model.shape.layers)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             full = torch.ones(parameter.shape)
         else:
             digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-            std = deep if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            std = 0.02 if name.startswith(("embed", "lm_head")) else parameter.shape[1] ** -0.5
+            std *= deep if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
             full = torch.normal(0.0, std, parameter.shape, generator=generator)
         full = full.to(parameter.device, parameter.dtype)
         if isinstance(parameter, DTensor):

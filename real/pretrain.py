@@ -115,31 +115,34 @@ def pretrain(plan: Plan, start: Start) -> None:
         return
     progress = Progress(plan, start.predicted, first) if rank() == 0 else None
     _book(record, timeline, None)
-    step = first
-    while not _over(plan, step, record.now() - start.launched):
+    step, over = first, False
+    while not over:
         loss, norm = trainer.step(step)
         step += 1
         seconds = _book(record, timeline, step, replay=step <= start.furthest)
-        record.observe(STAGE, "step_time", seconds, step)
-        if rank() == 0:
-            record.observe(STAGE, "loss", loss, step)
-            record.observe(STAGE, "gradient_norm", norm, step)
-            record.observe(STAGE, "learning_rate", optim.learning_rate(plan.train, step - 1), step)
+        _tell(plan, record, step, seconds, loss, norm)
         if not math.isfinite(loss):
-            raise Refused(f"the loss of step {step} is {loss}: training diverged; lower train.learning_rate={plan.train.learning_rate} or train.clip={plan.train.clip}")
+            cure = f"lower train.learning_rate={plan.train.learning_rate} or train.clip={plan.train.clip}"
+            raise Refused(f"the loss of step {step} is {loss}: training diverged; {cure}")
         if progress:
             progress.step(step, loss, seconds)
-        last = plan.train.steps is not None and step == plan.train.steps
-        if _due(step, plan.train.evaluate_every, last) and held_out:
+        over = _over(plan, step, record.now() - start.launched)
+        if held_out and _due(step, plan.train.evaluate_every, over):
             _evaluate(plan, trainer, held_out, record, step, progress, start.folder)
-        if _due(step, plan.checkpoint.every, last):
+        if _due(step, plan.checkpoint.every, over):
             _save(plan, trainer, folder, record, step)
         record.flush()
-    if plan.train.steps is None or step < plan.train.steps:
-        _save(plan, trainer, folder, record, step)
     _finish(plan, trainer, record, step, tokens, held_out, gauge.peak(), power.joules(), start)
     if progress:
         progress.close()
+
+
+def _tell(plan: Plan, record: Record, step: int, seconds: float, loss: float, norm: float) -> None:
+    record.observe(STAGE, "step_time", seconds, step)
+    if rank() == 0:
+        record.observe(STAGE, "loss", loss, step)
+        record.observe(STAGE, "gradient_norm", norm, step)
+        record.observe(STAGE, "learning_rate", optim.learning_rate(plan.train, step - 1), step)
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -172,11 +175,13 @@ def _resume(plan: Plan, trainer: Trainer, folder: Path, record: Record) -> int:
     found = checkpoint.newest(folder, plan)
     if found is None:
         return 0
-    path, step = found
+    path, step, passed_over = found
     with trainer.timeline.during("load"):
         checkpoint.load(path, trainer.model, trainer.optimizer)
-    record.event(STAGE, "restart", step, checkpoint=path.name)
+    record.event(STAGE, "restart", step, checkpoint=path.name, passed_over=passed_over)
     if rank() == 0:
+        for reason in passed_over:
+            print(f"passed over: {reason}", flush=True)
         print(f"resumed from {path.name}", flush=True)
     return step
 

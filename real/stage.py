@@ -121,7 +121,7 @@ def run(folder: Path, tasks: Iterable[Task], config: Mapping[str, Any], pool: Pr
         progress(len(receipts) / len(slips))
     ordered = [receipts[slip] for slip, _ in slips]
     outputs = [o for receipt in ordered for o in receipt["outputs"]]
-    counters: dict[str, float] = {}
+    counters: dict[str, float] = {"tasks": len(slips)}
     for receipt in ordered:
         for name, value in receipt["counters"].items():
             counters[name] = counters.get(name, 0) + value

@@ -52,7 +52,8 @@ class Rates:
     encode_rate: float
     storage_write: float
     storage_read: float
-    init: float
+    init: float  # s to start the ranks
+    workers: float  # s to start the workers of the data stages
 
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
@@ -87,6 +88,7 @@ def rates(plan: Plan) -> Rates:
         storage_write=pick("storage_write", plan.cluster.storage_write),
         storage_read=pick("storage_read", plan.cluster.storage_read),
         init=pick("init", plan.failures.init),
+        workers=pick("workers", 0.5 * plan.failures.init),
     )
 
 

@@ -57,6 +57,9 @@ def _live(world: World, history: History, seed: int) -> Course[None]:
 
 def _data(world: World, history: History) -> Course[None]:
     """The data stages. A fault there costs one task of seconds, done again by another worker, and is left out."""
+    began = world.now
+    yield world.env.timeout(world.rates.workers)
+    world.timeline.spend("run", {"init": 1.0}, began, world.now)
     text = corpus(world.plan.data)
     stay = unique(text, world.plan.data)
     stages = {"extract": partial(extract, text=text), "dedup": partial(dedup, text=text), "tokens": partial(tokens, text=stay)}

@@ -37,6 +37,10 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     path = tmp_path / "ledger.rank0.jsonl"
     path.write_bytes(path.read_bytes()[:-9])
     assert len(read(tmp_path, "ledger")) == 5
+    observed(tmp_path, ranks=1)  # the next attempt begins on a line of its own
+    assert len(read(tmp_path, "ledger")) == 11
+    seal(tmp_path)
+    assert len(read(tmp_path, "ledger")) == 11
 
 
 def test_a_later_attempt_adds_to_a_sealed_record(tmp_path):
