@@ -38,7 +38,8 @@ def calibrate(options: Mapping[str, str]) -> int:
     folder = newest(Path(options["runs"]))
     plan = from_yaml(folder / "plan.yaml")
     parameters, report = fit(plan, folder)
-    profile = Profile(f"{plan.gpu.name}, {plan.ranks} ranks", f"{platform.machine()} {platform.system()}", datetime.now(UTC).date().isoformat(),
+    name, machine = f"{plan.gpu.name}, {plan.ranks} ranks", f"{platform.machine()} {platform.system()}"
+    profile = Profile(name, machine, datetime.now(UTC).date().isoformat(),
                       plan.train.precision, plan.ranks, parameters)  # fmt: skip
     out = Path(options["out"])
     write(out, profile_yaml(profile))
@@ -104,7 +105,9 @@ def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, fl
     size = 2 if plan.train.precision == "bf16" else 4
     if "storage.write" in groups:
         written = groups.pop("storage.write")
-        parameters["storage_write"] = Parameter(float(np.median([int(r["bytes"]) / float(r["time_us"]) * 1e6 for r in written])) * plan.ranks, "B/s")
+        parameters["storage_write"] = Parameter(
+            float(np.median([int(r["bytes"]) / float(r["time_us"]) * 1e6 for r in written])) * plan.ranks, "B/s"
+        )
     for kind, same in groups.items():
         work = [_work(kind, row, size) for row in same]
         if not work[0].flops and not work[0].bytes:
@@ -121,7 +124,11 @@ def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, fl
 def _work(kind: str, row: Mapping[str, str], size: float) -> Work:
     """The simulator's own account of a measured operation."""
     op, stage = kind.split(".")
-    n = {name: float(value) for name, value in row.items() if name in ("batch", "m", "n", "k", "seq", "heads", "kv_heads", "qk_head_dim") and value}
+    n = {
+        name: float(value)
+        for name, value in row.items()
+        if name in ("batch", "m", "n", "k", "seq", "heads", "kv_heads", "qk_head_dim") and value
+    }
     if op == "matmul":
         return matmul(n["m"], n["n"], n["k"], size, stage)
     if op == "attention":
@@ -152,7 +159,7 @@ def roofline(flops: Iterable[float], traffic: Iterable[float], base: NDArray[Any
 
     x0 = start if free else start[1:]
     best = least_squares(misses, x0, loss="soft_l1", f_scale=0.1, bounds=(x0 - 7, x0 + 7))
-    spread = np.sqrt(np.diag(np.linalg.pinv(best.jac.T @ best.jac)) * 2 * best.cost / max(1, len(seconds) - len(x0)))
+    spread = _spread(best, len(seconds))
     values = [(float(np.exp(x)), float(np.exp(x) * s)) for x, s in zip(best.x, spread, strict=True)]
     error = float(np.median(np.abs(np.expm1(misses(best.x)))) * 100)
     return (values[0], values[-1]), error
@@ -169,9 +176,15 @@ def line(hops: Iterable[float], share: Iterable[float], seconds: Iterable[float]
         return np.asarray(np.log((h * np.exp(x[0]) + b * np.exp(x[1])) / t))
 
     best = least_squares(misses, start, loss="soft_l1", f_scale=0.1)
-    spread = np.sqrt(np.diag(np.linalg.pinv(best.jac.T @ best.jac)) * 2 * best.cost / max(1, len(t) - 2))
+    spread = _spread(best, len(t))
     first, second = ((float(np.exp(x)), float(np.exp(x) * s)) for x, s in zip(best.x, spread, strict=True))
     return (first, second), float(np.median(np.abs(np.expm1(misses(best.x)))) * 100)
+
+
+def _spread(best: Any, rows: int) -> NDArray[Any]:
+    """Standard errors of the parameters: inverse curvature times the variance left over."""
+    covariance = np.linalg.pinv(best.jac.T @ best.jac)
+    return np.asarray(np.sqrt(np.diag(covariance) * 2 * best.cost / max(1, rows - len(best.x))))
 
 
 def _as(estimate: Estimate, unit: str) -> Parameter:
@@ -204,5 +217,3 @@ def _data(plan: Plan, folder: Path) -> dict[str, Parameter]:
         starts = [row["value"] / share for row in rows if row["quantity"] == "init" and row["stage"] == stage]
         parameters |= {name: Parameter(float(np.mean(starts)), "s")} if starts else {}
     return parameters
-
-

@@ -27,7 +27,8 @@ def files(data: Data) -> list[tuple[Path, int]]:
     """
     assert data.path is not None, "a plan without a corpus reads no files"
     found = _found(data.path)
-    kept, total = [], 0
+    kept: list[tuple[Path, int]] = []
+    total = 0
     for path, size in found:
         if total + size > data.limit and kept:
             break

@@ -5,7 +5,6 @@ Plain `frozen=True` is no use here: OmegaConf turns it into a read-only node tha
 
 import dataclasses
 from dataclasses import dataclass, field
-from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
@@ -56,10 +55,14 @@ class Node:
         return dataclasses.replace(self, **here)
 
 
-@cache
 def hints(kind: type[Node]) -> dict[str, Any]:
     """The types of a node's fields, units kept."""
-    return get_type_hints(kind, include_extras=True)
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind, include_extras=True)
+    return _HINTS[kind]
+
+
+_HINTS: dict[Any, dict[str, Any]] = {}
 
 
 def build(kind: type[Node], values: Any, at: str, problems: list[str]) -> Any:

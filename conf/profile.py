@@ -1,8 +1,8 @@
 """A profile: measured rates of one machine, fitted by `foretold analysis calibrate`, named by a plan.
 
-    name: …            machine: …        created: …
-    parameters:
-      matmul.forward.rate: {value: 8.1e10, unit: FLOP/s, standard_error: 1.2e9}
+name: …            machine: …        created: …
+parameters:
+  matmul.forward.rate: {value: 8.1e10, unit: FLOP/s, standard_error: 1.2e9}
 """
 
 from dataclasses import dataclass

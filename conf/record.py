@@ -244,5 +244,3 @@ def state_totals(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         if row["quantity"] in STATES:
             totals[row["quantity"]] += row["value"]
     return dict(totals)
-
-

@@ -82,7 +82,8 @@ def _shapes(plan: Plan) -> Iterator[str]:
     if plan.mesh.vpp > 1 and (pp == 1 or (model.layers % stages and (model.layers + 2) % stages)):
         yield f"mesh.vpp={plan.mesh.vpp} × mesh.pp={pp} = {stages} must divide the layers, and pp be above 1; set mesh.vpp=1"
     if _divides(model.heads, model.hidden) and model.head_dim % 2:
-        yield f"model.hidden={model.hidden} / model.heads={model.heads} gives an odd head of {model.head_dim}; rotary embedding needs an even one"
+        odd = f"model.hidden={model.hidden} / model.heads={model.heads} gives an odd head of {model.head_dim}"
+        yield f"{odd}; rotary embedding needs an even one; change model.heads"
     if model.vocab < plan.tokenizer.vocab:
         yield f"model.vocab={model.vocab} is smaller than tokenizer.vocab={plan.tokenizer.vocab}; set model.vocab={plan.tokenizer.vocab}"
 
@@ -136,7 +137,8 @@ def _world(plan: Plan) -> Iterator[str]:
         if not cause.rate >= 0:
             yield f"failures.causes.{name}.rate={cause.rate} must not be negative"
     if plan.gpu.name not in plan.price.gpu_hours:
-        yield f"price.gpu_hours has no price for {plan.gpu.name}; add price.gpu_hours.{plan.gpu.name}, or {nearest(plan.gpu.name, plan.price.gpu_hours)}"
+        cure = f"add price.gpu_hours.{plan.gpu.name}, or {nearest(plan.gpu.name, plan.price.gpu_hours)}"
+        yield f"price.gpu_hours has no price for {plan.gpu.name}; {cure}"
     if plan.gpu.name not in plan.price.embodied:
         yield f"price.embodied has no value for {plan.gpu.name}; add price.embodied.{plan.gpu.name}"
     if plan.power.pue < 1:

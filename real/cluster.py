@@ -34,7 +34,9 @@ def check(plan: Plan) -> None:
     """
     if under_torchrun():
         if int(os.environ["WORLD_SIZE"]) != plan.ranks:
-            raise Refused(f"torchrun started {os.environ['WORLD_SIZE']} ranks, the plan has {plan.ranks}; set cluster.gpus_per_node or --nproc-per-node")
+            raise Refused(
+                f"torchrun started {os.environ['WORLD_SIZE']} ranks, the plan has {plan.ranks}; change --nproc-per-node or the plan"
+            )
         return
     if plan.cluster.nodes > 1:
         raise Refused(f"cluster.nodes={plan.cluster.nodes}: one process starts one server's ranks; use torchrun -m real on every server")
@@ -60,7 +62,7 @@ def launch(plan: Plan, folder: Path, work: Work, *arguments: Any) -> None:
     complaint.unlink(missing_ok=True)
     if under_torchrun():
         return _rank(plan, complaint, work, arguments)
-    import torch._dynamo  # noqa: F401  fully_shard needs it: imported once here, not once a rank
+    import torch._dynamo
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -65,7 +65,9 @@ class Tokens:
                 path = manifest.verified(output)
                 dtype, lengths = read_index(manifest.verified_twin(output, ".idx"))
                 if int(lengths.sum()) * dtype.itemsize != path.stat().st_size:
-                    raise Refused(f"{path} holds {path.stat().st_size} bytes, its index says {int(lengths.sum()) * dtype.itemsize}; delete both")
+                    raise Refused(
+                        f"{path} holds {path.stat().st_size} bytes, its index says {int(lengths.sum()) * dtype.itemsize}; delete both"
+                    )
                 if len(lengths):
                     self.shards.append(np.memmap(path, dtype, mode="r"))
         self.starts = np.concatenate(([0], np.cumsum([len(s) for s in self.shards]))).astype(np.int64)

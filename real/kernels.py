@@ -63,7 +63,14 @@ def _operations(where: torch.device, dtype: torch.dtype, scale: int) -> Iterator
             if m * n * k * scale**2 <= (3e9 if scale == 1 else 4e13):
                 shape = {"m": m, "n": n * scale, "k": k * scale}
                 yield Operation("matmul", shape, F.linear, (tensor(m, k * scale), tensor(n * scale, k * scale)))
-    for batch, seq, heads, kv, width in ((8, 128, 6, 2, 32), (8, 256, 4, 4, 32), (4, 512, 4, 2, 48), (2, 512, 8, 4, 64), (4, 256, 8, 8, 64), (1, 1024, 6, 6, 32)):
+    for batch, seq, heads, kv, width in (
+        (8, 128, 6, 2, 32),
+        (8, 256, 4, 4, 32),
+        (4, 512, 4, 2, 48),
+        (2, 512, 8, 4, 64),
+        (4, 256, 8, 8, 64),
+        (1, 1024, 6, 6, 32),
+    ):
         seq = seq * min(scale, 4)
         shape = {"batch": batch, "seq": seq, "heads": heads, "kv_heads": kv, "qk_head_dim": width}
         q, k, v = (tensor(batch, seq, h, width) for h in (heads, kv, kv))
@@ -158,5 +165,3 @@ def _storage(plan: Plan, folder: Path) -> Iterator[Row]:
                 sha256(path)
 
             yield _row(plan, "storage", "write", {"bytes": size}, best(write, budget=0.3))
-
-

@@ -11,9 +11,9 @@ from conf.files import write
 from conf.plan import Plan
 from conf.program import to_yaml
 from conf.record import STATES, Record, read, read_summary, seal, summarise
-from real.summary import summary
 from real import dedup, extract, stage, tokens
 from real.stage import Manifest
+from real.summary import summary
 
 DATA = ("extract", "dedup", "tokens")
 STAGES = (*DATA, "pretrain")
@@ -78,7 +78,9 @@ class Life:
 
     def _extract(self, pool: ProcessPoolExecutor) -> Manifest:
         facts = {"path": self.plan.data.path, "tasks_of": extract.SHARD}
-        done = stage.run(self.folder / "extract", extract.tasks(self.plan), extract.config(self.plan), pool, facts, self._progress("extract"))
+        done = stage.run(
+            self.folder / "extract", extract.tasks(self.plan), extract.config(self.plan), pool, facts, self._progress("extract")
+        )
         if not done.counters.get("documents"):
             unread = int(done.counters.get("unreadable", 0))
             why = f"none of its {unread} files could be read" if unread else "its files are empty"
@@ -99,7 +101,9 @@ class Life:
         self.say("\rtokens: training the tokenizer")
         tokenizer = tokens.train_tokenizer(folder, documents, self.plan)
         facts = {"tokenizer": tokenizer.name, "sha256": stage.sha256(tokenizer), "tokenizer_seconds": time.perf_counter() - began}
-        done = stage.run(folder, tokens.tasks(documents, tokenizer, self.plan), tokens.config(self.plan), pool, facts, self._progress("tokens"))
+        done = stage.run(
+            folder, tokens.tasks(documents, tokenizer, self.plan), tokens.config(self.plan), pool, facts, self._progress("tokens")
+        )
         return self._timed(done, began)
 
     @staticmethod
@@ -156,7 +160,8 @@ def told(name: str, manifest: Manifest) -> str:
     c = manifest.counters
     if name == "extract":
         spoilt = f", {c['unreadable']:,.0f} unreadable" if c["unreadable"] else ""
-        return f"extract: {c['files']:,.0f} files, {c['documents']:,.0f} documents, {c['bytes'] / 1e6:,.1f} MB in {manifest.seconds:.1f} s{spoilt}"
+        found = f"{c['files']:,.0f} files, {c['documents']:,.0f} documents, {c['bytes'] / 1e6:,.1f} MB"
+        return f"extract: {found} in {manifest.seconds:.1f} s{spoilt}"
     if name == "dedup":
         return f"dedup: {c['documents']:,.0f} documents stay, {c['removed']:,.0f} removed in {manifest.seconds:.1f} s"
     return f"tokens: {c['train_tokens']:,.0f} for training, {c['held_out_tokens']:,.0f} held out in {manifest.seconds:.1f} s"

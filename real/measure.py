@@ -35,7 +35,10 @@ def _save(path: Path, mine: list[dict[str, Any]], what: str) -> None:
         dist.all_gather_object(tables, mine)
     if rank():
         return
-    rows = [row | {"time_us": statistics.fmean(other["time_us"] for other in same)} for row, same in zip(mine, zip(*tables, strict=True), strict=True)]
+    rows = [
+        row | {"time_us": statistics.fmean(other["time_us"] for other in same)}
+        for row, same in zip(mine, zip(*tables, strict=True), strict=True)
+    ]
     write(path, to_csv(rows))
     print(f"timed {len(rows)} {what}: {path}", flush=True)
 

@@ -127,7 +127,14 @@ def run(folder: Path, tasks: Iterable[Task], config: Mapping[str, Any], pool: Pr
             counters[name] = counters.get(name, 0) + value
     seconds = time.perf_counter() - began if waiting else _earlier_seconds(folder)
     manifest = Manifest(folder, outputs, counters, seconds, dict(facts))
-    content = {"stage": folder.name, "config": dict(config), "outputs": outputs, "counters": counters, "seconds": seconds, "facts": dict(facts)}
+    content = {
+        "stage": folder.name,
+        "config": dict(config),
+        "outputs": outputs,
+        "counters": counters,
+        "seconds": seconds,
+        "facts": dict(facts),
+    }
     write(folder / "manifest.json", json.dumps(content, indent=1))
     return manifest
 

@@ -51,5 +51,3 @@ def kept(p: Any) -> Array:
     """
     attention = p.hidden * (4 + 1 + 2 * p.kv_heads / p.heads + 1)
     return np.asarray((attention + 4 * p.ffn) / p.tp)
-
-

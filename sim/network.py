@@ -1,6 +1,6 @@
 """Time of a collective: a ring of n ranks passes n − 1 times a share of the bytes over the slowest link it crosses.
 
-    seconds = (n − 1) latency + bytes (n − 1)/n / bandwidth       all-reduce: twice that (Thakur et al. 2005)
+seconds = (n − 1) latency + bytes (n − 1)/n / bandwidth       all-reduce: twice that (Thakur et al. 2005)
 """
 
 from collections.abc import Sequence

@@ -82,7 +82,7 @@ def steps(plans: Sequence[Plan]) -> Steps:
 
 def _layers_a_stage(p: Any) -> Array:
     """Blocks of the busiest stage; where layers do not divide by pp, embedding and head count as layers."""
-    return np.where(p.layers % p.pp == 0, p.layers / p.pp, (p.layers + 2) / p.pp)
+    return np.asarray(np.where(p.layers % p.pp == 0, p.layers / p.pp, (p.layers + 2) / p.pp))
 
 
 def _spared(p: Any) -> Array:
@@ -96,7 +96,15 @@ def _block(p: Any, device: Device) -> dict[str, Array]:
     width, kv, ffn = h / p.tp, h * p.kv_heads / p.heads / p.tp, p.ffn / p.tp
     seconds = {}
     for stage in ("forward", "backward"):
-        products = [(tokens, width, h), (tokens, kv, h), (tokens, kv, h), (tokens, h, width), (tokens, ffn, h), (tokens, ffn, h), (tokens, h, ffn)]
+        products = [
+            (tokens, width, h),
+            (tokens, kv, h),
+            (tokens, kv, h),
+            (tokens, h, width),
+            (tokens, ffn, h),
+            (tokens, ffn, h),
+            (tokens, h, ffn),
+        ]
         work = [matmul(*shape, size, stage) for shape in products]
         work.append(attention(tokens, p.seq_len, width, kv, size, stage))
         work += [moved("norm", tokens * h / p.tp, size, stage)] * 2
@@ -128,7 +136,7 @@ def _held(p: Any) -> Array:
 def _accumulate(p: Any, device: Device) -> Array:
     """Adding a micro-batch's weight gradients to those before, and clearing: a pass over all of them."""
     again = (p.accumulation - 1) / p.accumulation
-    return again * device.seconds(moved("add", _held(p), 4.0, "forward"))
+    return np.asarray(again * device.seconds(moved("add", _held(p), 4.0, "forward")))
 
 
 def _optimizer(p: Any, device: Device) -> Array:
@@ -161,7 +169,9 @@ def _gathers(p: Any, network: Network, layers: Array) -> Array:
     """All-gathers of the parameters for one forward pass."""
     block, rest = block_parameters(p) / p.tp * p.size, embedding_parameters(p) / p.tp * p.size
     tables = np.where(p.tied > 0, 1, 2)
-    return np.asarray(layers * network.collective("all_gather", "dp_shard", block) + tables * network.collective("all_gather", "dp_shard", rest))
+    return np.asarray(
+        layers * network.collective("all_gather", "dp_shard", block) + tables * network.collective("all_gather", "dp_shard", rest)
+    )
 
 
 def _sharding(p: Any, device: Device, network: Network, layers: Array, micro_batches: Array) -> Array:
@@ -175,6 +185,8 @@ def _sharding(p: Any, device: Device, network: Network, layers: Array, micro_bat
     ends = np.where(p.pp > 1, 1, micro_batches)
     gather = passes * layers * network.collective("all_gather", "dp_shard", block * p.size)
     gather += ends * tables * network.collective("all_gather", "dp_shard", rest * p.size)
-    reduce = layers * network.collective("reduce_scatter", "dp_shard", block * 4) + tables * network.collective("reduce_scatter", "dp_shard", rest * 4)
+    reduce = layers * network.collective("reduce_scatter", "dp_shard", block * 4) + tables * network.collective(
+        "reduce_scatter", "dp_shard", rest * 4
+    )
     shard = (layers * block + tables * rest) * 4 / p.dp_shard
     return np.asarray(gather + reduce + network.collective("all_reduce", "dp_replicate", shard))

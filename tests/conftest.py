@@ -9,7 +9,31 @@ import pytest
 from conf.program import main
 
 SHARED = Path(__file__).parents[2] / "shared"
-WORDS = [a + b for a in "the a of cat dog sun moon red blue run walk sees finds under over with and then not".split() for b in ("", "s", "ing", "ed")]
+WORDS = [
+    a + b
+    for a in [
+        "the",
+        "a",
+        "of",
+        "cat",
+        "dog",
+        "sun",
+        "moon",
+        "red",
+        "blue",
+        "run",
+        "walk",
+        "sees",
+        "finds",
+        "under",
+        "over",
+        "with",
+        "and",
+        "then",
+        "not",
+    ]
+    for b in ("", "s", "ing", "ed")
+]
 
 
 @pytest.fixture(scope="session")

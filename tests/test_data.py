@@ -42,7 +42,7 @@ def run_of(foretold, tmp_path):
     """Run the data stages over some files; returns the run's folder."""
 
     def run(*overrides: str):
-        status, out, err = foretold("real", "only=extract,dedup,tokens", *TINY, *overrides)
+        status, _, err = foretold("real", "only=extract,dedup,tokens", *TINY, *overrides)
         assert status == 0, err
         return next((tmp_path / "runs").glob("*/real"))
 
@@ -50,7 +50,9 @@ def run_of(foretold, tmp_path):
 
 
 def test_every_kind_of_file_is_read(run_of, tmp_path):
-    texts = {f"document number {i} about {word}" for i, word in enumerate(["cats", "dogs", "suns", "moons", "reds", "blues", "html & more"])}
+    texts = {
+        f"document number {i} about {word}" for i, word in enumerate(["cats", "dogs", "suns", "moons", "reds", "blues", "html & more"])
+    }
     a, b, c, d, e, f, g = sorted(texts)
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
@@ -126,7 +128,12 @@ def test_the_same_digests_whatever_the_workers(run_of, corpus, tmp_path):
 
 def test_a_second_run_does_nothing_again(foretold, run_of, corpus):
     run = run_of(f"data.path={corpus}")
-    before = {p: p.stat().st_mtime_ns for s in ("extract", "dedup", "tokens") for p in (run / s).iterdir() if p.suffix in (".parquet", ".bin", ".idx")}
+    before = {
+        p: p.stat().st_mtime_ns
+        for s in ("extract", "dedup", "tokens")
+        for p in (run / s).iterdir()
+        if p.suffix in (".parquet", ".bin", ".idx")
+    }
     run_of(f"data.path={corpus}")
     assert before == {p: p.stat().st_mtime_ns for p in before}
 

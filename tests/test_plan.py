@@ -70,7 +70,10 @@ def test_the_profile_is_part_of_the_id_by_content(tmp_path):
     names = []
     for value, place in ((1.0, "a"), (2.0, "a"), (2.0, "b")):
         path = tmp_path / place
-        path.write_text(f"name: x\nmachine: x\ncreated: x\nprecision: fp32\nranks: 2\nparameters:\n  launch: {{value: {value}, unit: s, standard_error: 0.0}}\n")
+        path.write_text(
+            "name: x\nmachine: x\ncreated: x\nprecision: fp32\nranks: 2\n"
+            f"parameters:\n  launch: {{value: {value}, unit: s, standard_error: 0.0}}\n"
+        )
         names.append(load([f"profile={path}"]).id)
     assert names[0] != names[1] == names[2]
 

@@ -51,7 +51,9 @@ def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kill_after(corpus: Path, runs: Path, step: int, how: int) -> subprocess.Popen[str]:
     """Start the run in a session of its own and signal it once its ledger tells of that step."""
-    process = subprocess.Popen(command(corpus, runs), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(corpus, runs), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         ledger = list(runs.glob("*/real/ledger.rank0.jsonl"))
@@ -77,11 +79,18 @@ def test_killed_at_random_steps_and_resumed_is_bit_equal(corpus, unbroken, tmp_p
     one, other = weights(unbroken, tmp_path), weights(finished(runs), tmp_path)
     assert one.keys() == other.keys() and len(one) > 30
     assert all(torch.equal(one[name], other[name]) for name in one), moments
-    losses = [{r["step"]: r["value"] for r in read(run, "ledger") if r["quantity"] == "loss" and r["stage"] == "pretrain"} for run in (unbroken, finished(runs))]
+    losses = [
+        {r["step"]: r["value"] for r in read(run, "ledger") if r["quantity"] == "loss" and r["stage"] == "pretrain"}
+        for run in (unbroken, finished(runs))
+    ]
     assert losses[0] == losses[1], moments
     ledger, events = read(finished(runs), "ledger"), read(finished(runs), "events")
     assert sum(e["event"] == "restart" and e["rank"] == 0 for e in events) >= 1
-    assert any(r["quantity"] == "replay" for r in ledger) and {r["quantity"] for r in ledger if r["unit"] == "s"} - {"seconds", "step_time", "tokenizer_seconds"} <= set(STATES)
+    assert any(r["quantity"] == "replay" for r in ledger) and {r["quantity"] for r in ledger if r["unit"] == "s"} - {
+        "seconds",
+        "step_time",
+        "tokenizer_seconds",
+    } <= set(STATES)
 
 
 def test_ctrl_c_leaves_a_readable_record_and_says_how_to_go_on(corpus, tmp_path):

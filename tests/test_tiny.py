@@ -17,7 +17,15 @@ def test_one_plan_foretold_executed_and_compared(foretold, tiny, tmp_path):
     for name in ("pretrain.parameters", "run.tokens", "run.interruptions", "extract.bytes"):
         assert predicted["quantities"][name]["value"] == measured["quantities"][name]["value"], name
     # The rest is predicted and measured under the same names.
-    for name in ("pretrain.step_time", "pretrain.mfu", "pretrain.peak_memory", "run.wall_clock", "run.cost", "state.compute", "tokens.tokens_per_s"):
+    for name in (
+        "pretrain.step_time",
+        "pretrain.mfu",
+        "pretrain.peak_memory",
+        "run.wall_clock",
+        "run.cost",
+        "state.compute",
+        "tokens.tokens_per_s",
+    ):
         assert predicted["quantities"][name]["value"] > 0 and measured["quantities"][name]["value"] > 0, name
     # Every second of every rank is in exactly one state.
     for summary in (predicted, measured):
