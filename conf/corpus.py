@@ -5,7 +5,6 @@ import hashlib
 import os
 import sys
 import sysconfig
-from functools import cache
 from pathlib import Path
 
 from conf.errors import Refused
@@ -40,7 +39,6 @@ def files(data: Data) -> list[tuple[Path, int]]:
     return kept
 
 
-@cache
 def _found(path: str) -> list[tuple[Path, int]]:
     roots = _python_library() if path == "python" else [Path(p) for p in sorted(glob.glob(path))]
     listed: list[tuple[str, Path, int]] = []

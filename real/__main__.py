@@ -49,7 +49,6 @@ def main(args: list[str]) -> int:
     if flag(options, "fresh"):
         shutil.rmtree(folder, ignore_errors=True)
     with _quiet(quiet):
-        _announce(plan, folder)
         try:
             told = _run(plan, folder, only)
         except KeyboardInterrupt:
@@ -99,6 +98,7 @@ def _run(plan: Plan, folder: Path, only: Sequence[str]) -> dict[str, Any]:
 
         refuse_unbuilt(plan)
         cluster.check(plan)
+    _announce(plan, folder)
     first = int(os.environ.get("RANK", "0")) == 0
     life = Life(plan, folder, _say)
     if first and set(only) & set(DATA):

@@ -5,6 +5,7 @@ renamed. A folder without its manifest is a torn checkpoint and is never read. T
 read only after its digest agrees with a manifest that names this plan.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -21,6 +23,10 @@ from conf.errors import Refused
 from conf.files import refusal, write
 from conf.plan import Plan
 from real.stage import sha256
+
+
+# How a full disk shows: plainly, or as a file that torch's writer finds shorter than what it wrote.
+SHORT = ("No space left", "File too large", "Disk quota", "unexpected pos")
 
 
 def save(folder: Path, plan: Plan, model: nn.Module, optimizer: Optimizer, step: int) -> int:
@@ -37,25 +43,18 @@ def save(folder: Path, plan: Plan, model: nn.Module, optimizer: Optimizer, step:
     weights, moments = get_state_dict(model, optimizer)
     try:
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=not dist.is_initialized())
-    except Exception as error:  # torch wraps what each rank met
-        cause = next((e for e in _causes(error) if isinstance(e, OSError)), None)
-        if cause is None and "No space left" not in str(error):
+    except (Exception, CheckpointException) as error:  # torch wraps what each rank met
+        if not any(sign in str(error) for sign in SHORT):
             raise
         if first:
             shutil.rmtree(aside, ignore_errors=True)
-        raise refusal(cause or OSError(28, "No space left on device"), aside) from error
+        raise refusal(OSError(errno.ENOSPC, ""), aside) from error
     barrier()
     if first:
         _seal(aside, final, plan, step)
         _forget(folder, plan.checkpoint.keep)
     barrier()
     return sum(f.stat().st_size for f in final.iterdir())
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """An exception with all that led to it, those of other ranks included."""
-    inner = [cause for pair in getattr(error, "failures", {}).values() for cause in pair if isinstance(cause, BaseException)]
-    return [error, *inner, *([error.__cause__] if error.__cause__ else []), *([error.__context__] if error.__context__ else [])]
 
 
 def _seal(aside: Path, final: Path, plan: Plan, step: int) -> None:
