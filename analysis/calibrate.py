@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from conf.profile import Parameter, Profile, profile_yaml
 from conf.program import from_yaml
 from conf.record import read
 from conf.units import show
-from sim.kernels import COLLECTIVES, Work, attention, matmul, moved
+from sim.kernels import COLLECTIVES, Device, Work, attention, given, matmul, moved
+from sim.parallel import block_work
 
 OPTIONS = {
     "runs": ("runs", "folder of the records; the newest measurement in it is used"),
@@ -108,6 +110,7 @@ def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, fl
         parameters["storage_write"] = Parameter(
             float(np.median([int(r["bytes"]) / float(r["time_us"]) * 1e6 for r in written])) * plan.ranks, "B/s"
         )
+    blocks = groups.pop("block.forward", []) + groups.pop("block.backward", [])
     for kind, same in groups.items():
         work = [_work(kind, row, size) for row in same]
         if not work[0].flops and not work[0].bytes:
@@ -118,7 +121,25 @@ def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, fl
         if work[0].flops:
             parameters[f"{kind}.rate"] = _inverse(rate, "FLOP/s")
         parameters[f"{kind}.bandwidth"] = _inverse(bandwidth, "B/s")
+    if blocks:
+        parameters["composition"], report["block"] = _composition(plan, parameters, blocks, size)
+        parameters["jitter"] = Parameter(float(np.median([float(row["cv"]) for row in blocks])), "1")
     return parameters, report
+
+
+def _composition(plan: Plan, parameters: Mapping[str, Parameter], rows: Rows, size: float) -> tuple[Parameter, float]:
+    """Time of whole blocks over the sum of their operations' fitted times: the geometric mean over the blocks measured."""
+    device, ratios = Device([given(plan, parameters)]), []
+    for row in rows:
+        n = {name: float(row[name]) for name in ("batch", "seq", "heads", "kv_heads", "k", "n")}
+        shape = SimpleNamespace(micro_batch=n["batch"], seq_len=n["seq"], hidden=n["k"], heads=n["heads"], kv_heads=n["kv_heads"],
+                                ffn=n["n"], tp=1.0, cp=1.0, size=size)  # fmt: skip
+        alone = sum(float(device.seconds(work)[0]) for work in block_work(shape, row["stage"]))
+        ratios.append(float(row["time_us"]) * 1e-6 / alone)
+    logs = np.log(ratios)
+    mean = float(np.exp(logs.mean()))
+    error = float(np.median(np.abs(np.exp(logs) / mean - 1)) * 100)
+    return Parameter(mean, "1", mean * float(logs.std() / np.sqrt(len(logs)))), error
 
 
 def _work(kind: str, row: Mapping[str, str], size: float) -> Work:
@@ -132,7 +153,7 @@ def _work(kind: str, row: Mapping[str, str], size: float) -> Work:
     if op == "matmul":
         return matmul(n["m"], n["n"], n["k"], size, stage)
     if op == "attention":
-        return attention(n["batch"] * n["seq"], n["seq"], n["heads"] * n["qk_head_dim"], n["kv_heads"] * n["qk_head_dim"], size, stage)
+        return attention(n["batch"] * n["seq"], n["seq"], n["heads"] * n["qk_head_dim"], size, stage)
     if op == "loss":
         return moved(op, n["m"] * n["n"], 4.0, stage)
     return moved(op, n["k"] if op == "optimizer" else n["m"] * n["k"], 4.0 if op == "optimizer" else size, stage)

@@ -24,7 +24,6 @@ from conf.files import refusal, write
 from conf.plan import Plan
 from real.stage import sha256
 
-
 # How a full disk shows: plainly, or as a file that torch's writer finds shorter than what it wrote.
 SHORT = ("No space left", "File too large", "Disk quota", "unexpected pos")
 

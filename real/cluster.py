@@ -94,7 +94,7 @@ def _rank(plan: Plan, complaint: Path, work: Work, arguments: tuple[Any, ...]) -
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if plan.gpu.kind == "cpu":
         torch.set_num_threads(1)
-        _keep_memory()
+        keep_memory()
     if plan.gpu.kind == "cuda":
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
@@ -115,7 +115,7 @@ def _rank(plan: Plan, complaint: Path, work: Work, arguments: tuple[Any, ...]) -
         dist.destroy_process_group()
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Keep freed memory instead of giving it back to the kernel: page faults would double the time of large tensors."""
     trim_threshold, mmap_max = -1, -4  # names of glibc's mallopt
     with suppress(OSError, AttributeError):

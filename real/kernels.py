@@ -10,18 +10,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.plan import Plan
 from real.cluster import device
-from real.model import loss_sum, rotary, rotate
+from real.model import Block, loss_sum, rotary, rotate
 
 Row = dict[str, Any]
+FORGOTTEN = 64_000_000  # bytes: more than a large last-level cache holds
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def rows(plan: Plan, folder: Path) -> Iterator[Row]:
     scale = 16 if cuda else 1  # a GPU needs larger tensors to show its rates
     for operation in _operations(where, dtype, scale):
         yield from _timed(operation, plan, cuda)
+    yield from _blocks(plan, where, dtype, scale)
     yield from _optimizer(plan, where, scale)
     yield from _storage(plan, folder)
 
@@ -51,15 +55,15 @@ def _row(plan: Plan, op: str, stage: str, shape: dict[str, int], seconds: float)
     return base | {name: shape.get(name) for name in COLUMNS} | {"time_us": seconds * 1e6}
 
 
-COLUMNS = ("batch", "m", "n", "k", "seq", "heads", "kv_heads", "qk_head_dim", "bytes")
+COLUMNS = ("cv", "batch", "m", "n", "k", "seq", "heads", "kv_heads", "qk_head_dim", "bytes")
 
 
 def _operations(where: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Operation]:
     def tensor(*shape: int) -> Tensor:
         return torch.randn(*shape, device=where, dtype=dtype, requires_grad=True)
 
-    for m in (512 * scale, 1024 * scale, 4096 * scale):
-        for n, k in ((64, 192), (160, 160), (512, 192), (256, 704), (384, 384), (1024, 256), (2048, 224), (768, 1536), (4096, 320)):
+    for m in (512 * scale, 2048 * scale):
+        for n, k in ((64, 192), (160, 160), (512, 192), (256, 704), (1024, 256), (2048, 224), (384, 1024)):
             if m * n * k * scale**2 <= (3e9 if scale == 1 else 4e13):
                 shape = {"m": m, "n": n * scale, "k": k * scale}
                 yield Operation("matmul", shape, F.linear, (tensor(m, k * scale), tensor(n * scale, k * scale)))
@@ -77,8 +81,7 @@ def _operations(where: torch.device, dtype: torch.dtype, scale: int) -> Iterator
         yield Operation("attention", shape, _attention, (q, k, v))
     for m, k in ((1024, 192), (1024, 512), (4096, 320), (2048, 1024)):
         m *= scale
-        norm = nn.RMSNorm(k, 1e-5, device=where, dtype=dtype)
-        yield Operation("norm", {"m": m, "k": k}, lambda x, _w, norm=norm: norm(x), (tensor(m, k), norm.weight))
+        yield Operation("norm", {"m": m, "k": k}, lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), (tensor(m, k), tensor(k)))
         yield Operation("swiglu", {"m": m, "k": 2 * k}, lambda g, u: F.silu(g) * u, (tensor(m, 2 * k), tensor(m, 2 * k)))
         yield Operation("add", {"m": m, "k": k}, torch.add, (tensor(m, k), tensor(m, k)))
         yield Operation("embedding", {"m": m, "k": k, "n": 2048}, _embedding(m, where), (tensor(2048, k),))
@@ -105,23 +108,36 @@ def _embedding(m: int, where: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def _timed(operation: Operation, plan: Plan, cuda: bool) -> Iterator[Row]:
+    """Forward and backward on tensors that the caches have forgotten, as a training step finds them: the calls take
+    turns on copies that together exceed any cache."""
+    size = sum(t.numel() * t.element_size() for t in operation.inputs)
+    copies = [operation.inputs]
+    while len(copies) < min(32, 1 + FORGOTTEN // size):
+        copies.append(tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in operation.inputs))
+    turns = cycle(copies)
     with torch.no_grad():
-        yield _row(plan, operation.op, "forward", operation.shape, best(lambda: operation.forward(*operation.inputs), cuda))
-    out = operation.forward(*operation.inputs)
-    grad = torch.randn_like(out)
-    inputs = [t for t in operation.inputs if t.requires_grad]
-    seconds = best(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True), cuda)
+        yield _row(plan, operation.op, "forward", operation.shape, best(lambda: operation.forward(*next(turns)), cuda))
+    graphs = []
+    for inputs in copies:
+        out = operation.forward(*inputs)
+        graphs.append((out, [t for t in inputs if t.requires_grad], torch.randn_like(out)))
+    again = cycle(graphs)
+    seconds = best(lambda: torch.autograd.grad(*next(again), retain_graph=True), cuda)
     yield _row(plan, operation.op, "backward", operation.shape, seconds)
 
 
-def best(work: Callable[[], Any], cuda: bool = False, budget: float = 0.06) -> float:
-    """Median seconds of a call, over as many as fit into the budget (at least 5, after two that warm up)."""
-    for _ in range(2):
-        work()
+def best(work: Callable[[], Any], cuda: bool = False, budget: float = 0.025) -> float:
+    """Median seconds of a call, over as many as fit into the budget (at least 3, after one that warms up).
+
+    All ranks begin together: in training, too, they do the same thing at the same time.
+    """
+    work()
+    if dist.is_initialized():
+        dist.barrier()
     if cuda:
         torch.cuda.synchronize()
     times: list[float] = []
-    while len(times) < 5 or (sum(times) < budget and len(times) < 200):
+    while len(times) < 3 or (sum(times) < budget and len(times) < 200):
         began = time.perf_counter()
         work()
         if cuda:
@@ -130,8 +146,44 @@ def best(work: Callable[[], Any], cuda: bool = False, budget: float = 0.06) -> f
     return statistics.median(times)
 
 
+def _blocks(plan: Plan, where: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Row]:
+    """Whole blocks: what operations cost one after another, beyond their times alone, and how much that varies (cv)."""
+    for batch, seq, hidden, heads, ffn in (
+        (4, 256, 160, 5, 448),
+        (8, 128, 224, 7, 640),
+        (2, 512, 256, 8, 512),
+        (8, 256, 96, 3, 320),
+        (2, 256, 320, 10, 896),
+    ):
+        hidden, ffn, heads = hidden * scale, ffn * scale, heads * min(scale, 8)
+        shape = {"batch": batch, "seq": seq * min(scale, 8), "heads": heads, "kv_heads": heads, "k": hidden, "n": ffn}
+        settings = {"layers": 1, "hidden": hidden, "heads": heads, "kv_heads": heads, "ffn": ffn}
+        block = Block(plan.model.but(**settings)).to(where, dtype)
+        cos, sin = (t.to(dtype) for t in rotary(shape["seq"], hidden // heads, 1e4, where))
+        x = torch.randn(batch, shape["seq"], hidden, device=where, dtype=dtype, requires_grad=True)
+
+        times: dict[str, list[float]] = {"forward": [], "backward": []}
+        for _ in range(12):
+            began = _now(where)
+            out = block(x, cos, sin)
+            between = _now(where)
+            out.backward(out.detach())
+            times["forward"].append(between - began)
+            times["backward"].append(_now(where) - between)
+            block.zero_grad(set_to_none=True)
+        for stage, seconds in times.items():
+            typical = statistics.fmean(seconds[2:])
+            yield _row(plan, "block", stage, shape, typical) | {"cv": statistics.stdev(seconds[2:]) / typical}
+
+
+def _now(where: torch.device) -> float:
+    if where.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _optimizer(plan: Plan, where: torch.device, scale: int) -> Iterator[Row]:
-    """One step of AdamW with clipping, as the trainer does it."""
+    """One step of AdamW with clipping, as the trainer does it on its own shard."""
     from real import optim
 
     for count, width in ((8, 256), (24, 256), (12, 512)):
@@ -141,11 +193,12 @@ def _optimizer(plan: Plan, where: torch.device, scale: int) -> Iterator[Row]:
             parameter.grad = torch.randn_like(parameter)
 
         def step(layers: nn.ModuleList = layers, adam: torch.optim.Optimizer = adam) -> None:
-            optim.clip(layers, 1e9)
+            grads = optim.gradients(layers)
+            optim.shrink(grads, optim.sum_of_squares(grads).sqrt(), 1e9)
             adam.step()
 
         numbers = sum(p.numel() for p in layers.parameters())
-        yield _row(plan, "optimizer", "step", {"m": count, "k": numbers}, best(step, where.type == "cuda", 0.2))
+        yield _row(plan, "optimizer", "step", {"m": count, "k": numbers}, best(step, where.type == "cuda", 0.1))
 
 
 def _storage(plan: Plan, folder: Path) -> Iterator[Row]:
@@ -164,4 +217,4 @@ def _storage(plan: Plan, folder: Path) -> Iterator[Row]:
                     os.fsync(out.fileno())
                 sha256(path)
 
-            yield _row(plan, "storage", "write", {"bytes": size}, best(write, budget=0.3))
+            yield _row(plan, "storage", "write", {"bytes": size}, best(write, budget=0.1))

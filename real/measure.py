@@ -16,6 +16,8 @@ from conf.record import Record
 from real import kernels, network
 from real.cluster import rank
 
+ROUNDS = 3
+
 
 def measure(plan: Plan, folder: Path, names: tuple[str, ...], epoch: float, launched: float) -> None:
     """Time on all ranks at once; the first rank writes the mean over the ranks."""
@@ -23,24 +25,28 @@ def measure(plan: Plan, folder: Path, names: tuple[str, ...], epoch: float, laun
     record.observe("measure", "init", record.now() - launched)
     record.flush()
     if "kernels" in names:
-        _save(folder / "kernels.csv", list(kernels.rows(plan, folder)), "operations")
+        _save(folder / "kernels.csv", [list(kernels.rows(plan, folder)) for _ in range(ROUNDS)], "operations")
     if "network" in names:
-        _save(folder / "network.csv", list(network.rows(plan)), "collectives")
+        _save(folder / "network.csv", [list(network.rows(plan)) for _ in range(ROUNDS)], "collectives")
 
 
-def _save(path: Path, mine: list[dict[str, Any]], what: str) -> None:
+def _save(path: Path, mine: list[list[dict[str, Any]]], what: str) -> None:
+    """The mean over ranks and rounds: a machine shared with others is faster in one second than in the next."""
     tables = [mine]
     if dist.is_initialized():
         tables = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(tables, mine)
     if rank():
         return
-    rows = [
-        row | {"time_us": statistics.fmean(other["time_us"] for other in same)}
-        for row, same in zip(mine, zip(*tables, strict=True), strict=True)
-    ]
+    rounds = [table for rounds in tables for table in rounds]
+    rows = [_mean(same) for same in zip(*rounds, strict=True)]
     write(path, to_csv(rows))
     print(f"timed {len(rows)} {what}: {path}", flush=True)
+
+
+def _mean(same: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    numbers = {name: [row[name] for row in same] for name in ("time_us", "cv", "busbw_GBps") if isinstance(same[0].get(name), float)}
+    return same[0] | {name: statistics.fmean(values) for name, values in numbers.items()}
 
 
 def to_csv(rows: Iterable[dict[str, Any]]) -> str:

@@ -3,6 +3,8 @@
 Bus bandwidth as in nccl-tests: bytes that cross the busiest link over the time, with bytes the full tensor's size.
 """
 
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,10 +15,11 @@ from torch.distributed.fsdp import fully_shard
 
 from conf.plan import Plan
 from real.cluster import device
-from real.kernels import best
-from real.parallel import gather, scatter
+from real.parallel import gather, scatter, watch
+from real.timeline import Timeline
 
 Row = dict[str, Any]
+UNITS = 8
 SIZES = (4096, 65536, 524288, 2 << 20, 8 << 20, 32 << 20)
 
 
@@ -39,14 +42,12 @@ def rows(plan: Plan) -> Iterator[Row]:
             crossed = size * (ranks - 1) / ranks * (2 if op == "all_reduce" else 1)
             yield {"op": op, "gpu": plan.gpu.name, "ranks": ranks, "nodes": plan.cluster.nodes, "bytes": size,
                    "time_us": seconds * 1e6, "busbw_GBps": crossed / seconds / 1e9}  # fmt: skip
-    for width in (64, 1024):
+    for width in (64, 512, 1024):
         yield _unit(plan, width, where, cuda)
 
 
 def _together(work: Callable[[], Any], cuda: bool) -> float:
     """Seconds of a call when every rank calls it the same number of times."""
-    import time
-
     for _ in range(3):
         work()
     dist.barrier()
@@ -57,24 +58,27 @@ def _together(work: Callable[[], Any], cuda: bool) -> float:
         if cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return sorted(times)[len(times) // 2]
+    return statistics.median(times)
 
 
 def _unit(plan: Plan, width: int, where: torch.device, cuda: bool) -> Row:
-    """What sharding adds to a unit's forward and backward beyond its collectives' own time: hooks and copies."""
+    """What sharding adds to a unit's forward and backward besides its collectives: hooks, and copies in and out of flat buffers."""
+    timeline = Timeline(cuda)
 
     def cost(sharded: bool) -> float:
-        layers = nn.Sequential(*(nn.Linear(width, width, bias=False, device=where) for _ in range(8)))
+        layers = nn.Sequential(*(nn.Linear(width, width, bias=False, device=where) for _ in range(UNITS)))
         if sharded:
-            for layer in layers:
+            for layer in (*layers, layers):
                 fully_shard(layer)
-            fully_shard(layers)
+            watch(layers, plan, timeline)
         x = torch.zeros(1, width, device=where)
-
-        def work() -> None:
+        times = []
+        for _ in range(12):
+            timeline.close()
             layers(x).sum().backward()
-
-        return _together(work, cuda) / 8 if sharded else best(work, cuda) / 8
+            seconds, states = timeline.close()
+            times.append(seconds - states.get("communication", 0.0))
+        return statistics.median(times[2:]) / UNITS
 
     return {"op": "shard_unit", "gpu": plan.gpu.name, "ranks": plan.ranks, "nodes": plan.cluster.nodes, "bytes": 4 * width * width,
-            "time_us": (cost(True) - cost(False)) * 1e6, "busbw_GBps": None}  # fmt: skip
+            "time_us": max(1e-6, cost(True) - cost(False)) * 1e6, "busbw_GBps": None}  # fmt: skip

@@ -3,7 +3,9 @@
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from conf.plan import Train
 
@@ -31,7 +33,35 @@ def learning_rate(train: Train, step: int) -> float:
     return floor + (train.learning_rate - floor) * left
 
 
-def clip(model: nn.Module, largest: float) -> Tensor:
-    """Scale the gradients to a global norm of at most `largest`; returns the norm before."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), largest)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+@torch.no_grad()
+def clip(model: nn.Module, largest: float, replicas: int = 1) -> Tensor:
+    """Scale the gradients to a global norm of at most `largest`; returns the norm before.
+
+    Works on each rank's own shards, so it is right for sharded and plain parameters alike: one sum of squares over all
+    ranks, each of `replicas` copies counted once.
+    """
+    grads = gradients(model)
+    squares = sum_of_squares(grads)
+    if dist.is_initialized():
+        dist.all_reduce(squares)
+    norm = (squares / replicas).sqrt()
+    shrink(grads, norm, largest)
+    return norm
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """This rank's parts of the gradients."""
+    return [local(p.grad) for p in model.parameters() if p.grad is not None]
+
+
+def sum_of_squares(grads: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(grads)).square().sum()
+
+
+def shrink(grads: list[Tensor], norm: Tensor, largest: float) -> None:
+    torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

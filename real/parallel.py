@@ -53,9 +53,16 @@ def shard(model: Decoder, plan: Plan, mesh: DeviceMesh, timeline: Timeline) -> D
         unit.set_gradient_divide_factor(1.0)  # the loss is divided by the global number of tokens
         if plan.gpu.kind == "cpu":
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
+    watch(model, plan, timeline)
+    return model
+
+
+def watch(model: torch.nn.Module, plan: Plan, timeline: Timeline) -> None:
+    """Book the time in which FSDP2 waits for its collectives; on GPUs they run beside the compute and cannot be told apart."""
+    if plan.gpu.kind == "cpu":
+        for unit in units(model):
             unit.set_custom_all_gather(TimedAllGather(timeline))
             unit.set_custom_reduce_scatter(TimedReduceScatter(timeline))
-    return model
 
 
 def units(model: torch.nn.Module) -> Iterator[FSDPModule]:

@@ -80,7 +80,7 @@ class Trainer:
             loss.backward()
             told += loss.detach()
         enter("optimizer")
-        norm = optim.clip(self.model, plan.train.clip)
+        norm = optim.clip(self.model, plan.train.clip, plan.mesh.dp_replicate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         enter("communication")
@@ -114,13 +114,13 @@ def pretrain(plan: Plan, start: Start) -> None:
     if first >= (plan.train.steps or math.inf):
         return
     progress = Progress(plan, start.predicted, first) if rank() == 0 else None
-    _book(record, timeline, None)
+    book(record, timeline, None)
     step, over = first, False
     while not over:
         loss, norm = trainer.step(step)
         step += 1
-        seconds = _book(record, timeline, step, replay=step <= start.furthest)
-        _tell(plan, record, step, seconds, loss, norm)
+        seconds = book(record, timeline, step, replay=step <= start.furthest)
+        tell(plan, record, step, seconds, loss, norm)
         if not math.isfinite(loss):
             cure = f"lower train.learning_rate={plan.train.learning_rate} or train.clip={plan.train.clip}"
             raise Refused(f"the loss of step {step} is {loss}: training diverged; {cure}")
@@ -137,7 +137,7 @@ def pretrain(plan: Plan, start: Start) -> None:
         progress.close()
 
 
-def _tell(plan: Plan, record: Record, step: int, seconds: float, loss: float, norm: float) -> None:
+def tell(plan: Plan, record: Record, step: int, seconds: float, loss: float, norm: float) -> None:
     record.observe(STAGE, "step_time", seconds, step)
     if rank() == 0:
         record.observe(STAGE, "loss", loss, step)
@@ -186,7 +186,7 @@ def _resume(plan: Plan, trainer: Trainer, folder: Path, record: Record) -> int:
     return step
 
 
-def _book(record: Record, timeline: Timeline, step: int | None, replay: bool = False) -> float:
+def book(record: Record, timeline: Timeline, step: int | None, replay: bool = False) -> float:
     """Write the states since the last call; returns the seconds between the two."""
     seconds, states = timeline.close()
     for state, value in states.items():
@@ -212,7 +212,7 @@ def _evaluate(plan: Plan, trainer: Trainer, windows: list[np.ndarray], record: R
         record.observe(STAGE, "held_out_bits_per_byte", loss * nats_to_bits_per_byte(windows, run / "tokens"), step)
         record.event(STAGE, "evaluate", step, loss=loss)
         progress.say(f"held-out loss {loss:.4f} nat a token after step {step}")
-    _book(record, trainer.timeline, None)
+    book(record, trainer.timeline, None)
 
 
 def nats_to_bits_per_byte(windows: list[np.ndarray], folder: Path) -> float:
@@ -225,7 +225,7 @@ def nats_to_bits_per_byte(windows: list[np.ndarray], folder: Path) -> float:
 def _save(plan: Plan, trainer: Trainer, folder: Path, record: Record, step: int) -> None:
     trainer.timeline.enter("checkpoint")
     size = checkpoint.save(folder, plan, trainer.model, trainer.optimizer, step)
-    _book(record, trainer.timeline, None)
+    book(record, trainer.timeline, None)
     if rank() == 0:
         record.observe(STAGE, "checkpoint_bytes", size, step)
         record.event(STAGE, "checkpoint", step, bytes=size)
@@ -245,7 +245,7 @@ def _finish(plan: Plan, trainer: Trainer, record: Record, step: int, tokens: Tok
     trainer.timeline.enter("idle")
     if dist.is_initialized():
         dist.barrier()
-    _book(record, trainer.timeline, None)
+    book(record, trainer.timeline, None)
     record.event(STAGE, "end", step)
     record.flush()
 

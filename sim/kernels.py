@@ -6,7 +6,7 @@ With overlap 1 this is the roofline (Williams, Waterman and Patterson 2009), wit
 Everything takes arrays over plans.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -42,6 +42,8 @@ class Rates:
     launch: float
     matmul_launch: float
     overlap: float
+    composition: float  # time of operations in a row over the sum of their times alone
+    jitter: float  # coefficient of variation of a block's time
     latency: dict[str, float]  # s a hop of each collective inside a server
     link: dict[str, float]  # B/s of each collective inside a server
     shard_unit: float  # s that sharding adds to a unit's forward and backward
@@ -60,8 +62,12 @@ COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
 
 
 def rates(plan: Plan) -> Rates:
-    """From the plan's profile where it has the number, from the gpu's and the other groups' tables otherwise."""
-    found = _measured(plan.profile, digest(Path(plan.profile))) if plan.profile else {}
+    """The rates that a plan is predicted with."""
+    return given(plan, _measured(plan.profile, digest(Path(plan.profile))) if plan.profile else {})
+
+
+def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
+    """Measured rates where there are any, those of the gpu's and the other groups' tables otherwise."""
 
     def pick(name: str, default: float) -> float:
         return found[name].value if name in found else default
@@ -77,6 +83,8 @@ def rates(plan: Plan) -> Rates:
         launch=pick("launch", gpu.launch),
         matmul_launch=pick("launch", gpu.launch + gpu.gemm_half / matmul),
         overlap=gpu.overlap,
+        composition=pick("composition", 1.0),
+        jitter=pick("jitter", 0.0),
         latency={c: pick(f"{c}.latency", gpu.link_latency) for c in COLLECTIVES},
         link={c: pick(f"{c}.bandwidth", gpu.link_bandwidth / 8) for c in COLLECTIVES},
         shard_unit=pick("shard_unit.latency", 0.0),
@@ -99,11 +107,9 @@ def _measured(path: str, content: str) -> dict[str, Parameter]:
 
 
 class Device:
-    """Rates of many plans as arrays, each plan with its element size in bytes."""
+    """Rates of many plans as arrays."""
 
-    def __init__(self, plans: Sequence[Plan]) -> None:
-        each = [rates(plan) for plan in plans]
-        self.size: Array = np.array([2.0 if plan.train.precision == "bf16" else 4.0 for plan in plans])
+    def __init__(self, each: Sequence[Rates]) -> None:
         self.numbers: dict[str, Array] = {}
         for field in fields(Rates):
             values = [getattr(r, field.name) for r in each]
@@ -139,10 +145,13 @@ def matmul(m: Any, n: Any, k: Any, size: Any, stage: str) -> Work:
     return Work(f"matmul.{stage}", products * 2 * m * n * k, products * (m * k + n * k + m * n) * size, products)
 
 
-def attention(tokens: Any, seq: Any, width: Any, kv_width: Any, size: Any, stage: str) -> Work:
-    """Causal attention of sequences of `seq` tokens: forward 2 t s w, backward 2.5 times that (Dao 2023, FlashAttention-2)."""
+def attention(tokens: Any, seq: Any, width: Any, size: Any, stage: str) -> Work:
+    """Causal attention of sequences of `seq` tokens: forward 2 t s w, backward 2.5 times that (Dao 2023, FlashAttention-2).
+
+    Its traffic also stands for the tiles on the diagonal, whose masked half is computed: both grow with t w.
+    """
     factor = 1.0 if stage == "forward" else 2.5
-    return Work(f"attention.{stage}", factor * 2 * tokens * seq * width, factor * tokens * (2 * width + 2 * kv_width) * size, 2)
+    return Work(f"attention.{stage}", factor * 2 * tokens * seq * width, factor * 4 * tokens * width * size, 2)
 
 
 def moved(kind: str, elements: Any, size: Any, stage: str) -> Work:

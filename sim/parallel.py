@@ -8,6 +8,7 @@ Arrays of plans in, arrays out; one plan is an array of length 1.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from conf.arithmetic import block_parameters, embedding_parameters, flops_per_token, parameters
 from conf.plan import Plan
-from sim.kernels import Array, Device, attention, matmul, moved
+from sim.kernels import Array, Device, Work, attention, matmul, moved, rates
 from sim.memory import memory
 from sim.network import Network
 
@@ -56,11 +57,11 @@ def columns(plans: Sequence[Plan]) -> Any:
 
 def steps(plans: Sequence[Plan]) -> Steps:
     """Predict the step of every plan."""
-    p, device = columns(plans), Device(plans)
+    p, device = columns(plans), Device([rates(plan) for plan in plans])
     network = Network(plans, device)
-    block, ends = _block(p, device), _ends(p, device)
-    layers = _layers_a_stage(p)
-    forward, backward = block["forward"], block["backward"] + np.where(p.recompute, block["forward"], 0.0)
+    layers, ends = _layers_a_stage(p), _ends(p, device)
+    forward = _block(p, device, "forward")
+    backward = _block(p, device, "backward") + np.where(p.recompute, forward, 0.0)
     stage = layers * (forward + backward)
     last = np.where(p.pp > 1, np.maximum(0.0, sum(ends.values()) - _spared(p) * (forward + backward)), sum(ends.values()))
     micro = stage + last + _accumulate(p, device)
@@ -69,7 +70,8 @@ def steps(plans: Sequence[Plan]) -> Steps:
     optimizer = _optimizer(p, device)
     sharding = _sharding(p, device, network, layers, p.accumulation)
     window = p.accumulation * micro
-    exposed = np.where(p.cuda, np.maximum(0.0, sharding - window), sharding)
+    waiting = np.where(p.dp > 1, _largest(p.dp) * device["jitter"] * window, 0.0)
+    exposed = np.where(p.cuda, np.maximum(0.0, sharding - window), sharding + waiting)
     compute, communication = p.accumulation * (micro + _units(p, device, layers)), p.accumulation * inside + exposed
     step_time = compute + communication + bubble + optimizer
     sequences = np.ceil(p.evaluate_sequences / (p.dp * p.micro_batch))
@@ -78,6 +80,12 @@ def steps(plans: Sequence[Plan]) -> Steps:
     rate = p.tokens_per_step / step_time
     mfu = rate * flops_per_token(p, p.seq_len) / (p.peak * p.ranks)
     return Steps(step_time, compute, communication, bubble, optimizer, evaluate, memory(p).total, mfu, rate)
+
+
+def _largest(ranks: Array) -> Array:
+    """Standard deviations by which the slowest of some ranks exceeds their mean: ranks that wait for each other after
+    every unit pay it every time (Blom 1958's approximation of the normal order statistic)."""
+    return np.array([NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) for n in ranks])
 
 
 def _layers_a_stage(p: Any) -> Array:
@@ -90,42 +98,34 @@ def _spared(p: Any) -> Array:
     return np.where(p.layers % p.pp == 0, 0.0, 1.0)
 
 
-def _block(p: Any, device: Device) -> dict[str, Array]:
-    """Seconds of one block's forward and backward on one micro-batch."""
+def block_work(p: Any, stage: str) -> list[Work]:
+    """The operations of one block on one micro-batch, forward or backward, as the trainer's eager code runs them."""
     tokens, size, h = p.micro_batch * p.seq_len / p.cp, p.size, p.hidden
     width, kv, ffn = h / p.tp, h * p.kv_heads / p.heads / p.tp, p.ffn / p.tp
-    seconds = {}
-    for stage in ("forward", "backward"):
-        products = [
-            (tokens, width, h),
-            (tokens, kv, h),
-            (tokens, kv, h),
-            (tokens, h, width),
-            (tokens, ffn, h),
-            (tokens, ffn, h),
-            (tokens, h, ffn),
-        ]
-        work = [matmul(*shape, size, stage) for shape in products]
-        work.append(attention(tokens, p.seq_len, width, kv, size, stage))
-        work += [moved("norm", tokens * h / p.tp, size, stage)] * 2
-        work += [moved("rotary", tokens * width, size, stage), moved("rotary", tokens * kv, size, stage)]
-        work.append(moved("swiglu", tokens * ffn, size, stage))
-        adds = 2 if stage == "forward" else 5  # backward sums gradients: two residuals, three of q k v, two of gate and up
-        work += [moved("add", tokens * h / p.tp, size, "forward")] * adds
-        seconds[stage] = np.sum([device.seconds(w) for w in work], axis=0)
-    return seconds
+    products = [(width, h), (kv, h), (kv, h), (h, width), (ffn, h), (ffn, h), (h, ffn)]
+    work = [matmul(tokens, n, k, size, stage) for n, k in products]
+    work.append(attention(tokens, p.seq_len, width, size, stage))
+    work += [moved("norm", tokens * h / p.tp, size, stage)] * 2
+    work += [moved("rotary", tokens * width, size, stage), moved("rotary", tokens * kv, size, stage)]
+    work.append(moved("swiglu", tokens * ffn, size, stage))
+    adds = 2 if stage == "forward" else 5  # backward sums gradients: two residuals, three of q k v, two of gate and up
+    return work + [moved("add", tokens * h / p.tp, size, "forward")] * adds
+
+
+def _block(p: Any, device: Device, stage: str) -> Array:
+    """Seconds of one block on one micro-batch."""
+    return np.asarray(device["composition"] * np.sum([device.seconds(work) for work in block_work(p, stage)], axis=0))
 
 
 def _ends(p: Any, device: Device) -> dict[str, Array]:
     """Embedding, last norm, head and loss on one micro-batch."""
     tokens, size = p.micro_batch * p.seq_len / p.cp, p.size
-    return {
-        stage: device.seconds(moved("embedding", tokens * p.hidden / p.tp, size, stage))
-        + device.seconds(moved("norm", tokens * p.hidden / p.tp, size, stage))
-        + device.seconds(matmul(tokens, p.vocab / p.tp, p.hidden, size, stage))
-        + device.seconds(moved("loss", tokens * p.vocab / p.tp, 4.0, stage))
-        for stage in ("forward", "backward")
-    }
+    seconds = {}
+    for stage in ("forward", "backward"):
+        work = [moved("embedding", tokens * p.hidden / p.tp, size, stage), moved("norm", tokens * p.hidden / p.tp, size, stage)]
+        work += [matmul(tokens, p.vocab / p.tp, p.hidden, size, stage), moved("loss", tokens * p.vocab / p.tp, 4.0, stage)]
+        seconds[stage] = device["composition"] * np.sum([device.seconds(w) for w in work], axis=0)
+    return seconds
 
 
 def _held(p: Any) -> Array:

@@ -1,0 +1,143 @@
+"""Benchmarks: `make bench`. Ratios within one run; the tables go to LOG.md.
+
+python -m tests.bench prediction    ten laptop plans, each foretold before it is run
+python -m tests.bench bookkeeping   the trainer against the same loop without its record
+python -m tests.bench sim           how long a prediction takes, Python's start included
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Plans that differ in width, depth, sequence, batch and ranks.
+PLANS = [
+    "hidden=128 heads=4 ffn=352 layers=4 seq_len=256 micro_batch=4 global_batch=8 gpus_per_node=2",
+    "hidden=192 heads=6 ffn=512 layers=4 seq_len=256 micro_batch=8 global_batch=16 gpus_per_node=2",
+    "hidden=256 heads=8 ffn=704 layers=2 seq_len=128 micro_batch=8 global_batch=16 gpus_per_node=2",
+    "hidden=96 heads=6 ffn=256 layers=8 seq_len=256 micro_batch=4 global_batch=16 gpus_per_node=2",
+    "hidden=384 heads=6 ffn=1024 layers=3 seq_len=256 micro_batch=2 global_batch=4 gpus_per_node=2",
+    "hidden=128 heads=4 ffn=352 layers=6 seq_len=512 micro_batch=2 global_batch=8 gpus_per_node=2",
+    "hidden=192 heads=6 ffn=512 layers=6 seq_len=128 micro_batch=4 global_batch=32 gpus_per_node=2",
+    "hidden=128 heads=4 ffn=512 layers=4 seq_len=256 micro_batch=8 global_batch=8 gpus_per_node=1",
+    "hidden=256 heads=8 ffn=704 layers=4 seq_len=256 micro_batch=4 global_batch=8 gpus_per_node=1",
+    "hidden=320 heads=10 ffn=768 layers=3 seq_len=128 micro_batch=4 global_batch=8 gpus_per_node=2",
+]
+GROUPS = {"seq_len": "train", "micro_batch": "train", "global_batch": "train", "gpus_per_node": "cluster"}
+BRIEF = "model.kv_heads=2 train.steps=25 train.warmup=5 train.evaluate_every=0 train.evaluate_sequences=0 checkpoint.every=0"
+LITTLE = "data.limit=3 MB"
+
+
+def foretold(*args: str, cwd: Path) -> str:
+    """Standard output of a command."""
+    command = [sys.executable, "-c", "import sys; from conf.program import main; sys.exit(main(sys.argv[1:]))", *args]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout
+
+
+def prediction() -> None:
+    """Calibrate once for each number of ranks, then predict each plan before it is run."""
+    folder = Path(tempfile.mkdtemp())
+    for ranks in (1, 2):
+        measured = f"runs=measured{ranks}"
+        foretold("real", "only=kernels,network", f"cluster.gpus_per_node={ranks}", measured, cwd=folder)
+        foretold("analysis", "calibrate", measured, f"out=profile{ranks}.yaml", cwd=folder)
+    print(f"{'plan':>4} {'predicted':>10} {'measured':>10} {'error':>7}   plan")
+    errors = []
+    for number, words in enumerate(PLANS, 1):
+        ranks = 1 if "gpus_per_node=1" in words else 2
+        own = [f"{GROUPS.get(word.split('=')[0], 'model')}.{word}" for word in words.split()]
+        plan = [*own, *BRIEF.split(), LITTLE, f"profile=profile{ranks}.yaml"]
+        value = {}
+        for verb in ("sim", "real"):
+            value[verb] = json.loads(foretold(verb, "json=true", *plan, cwd=folder))["quantities"]["pretrain.step_time"]["value"]
+        errors.append(value["sim"] / value["real"] - 1)
+        shown = words.replace("_per_node", "").replace("_batch", "").replace("_len", "")
+        print(f"{number:>4} {value['sim'] * 1e3:>8.0f}ms {value['real'] * 1e3:>8.0f}ms {errors[-1]:>+7.1%}   {shown}", flush=True)
+    inside = sum(abs(e) <= 0.2 for e in errors)
+    typical = statistics.median(map(abs, errors))
+    print(f"within 20%: {inside} of {len(errors)}; mean absolute error {statistics.fmean(map(abs, errors)):.1%}, median {typical:.1%}")
+
+
+def bookkeeping() -> None:
+    """Tokens a second of the trainer over those of the same loop without timeline, record and progress; steps interleaved."""
+    folder = Path(tempfile.mkdtemp())
+    overrides = ["cluster.gpus_per_node=1", "model.hidden=128", "model.heads=4", "train.global_batch=4", "train.micro_batch=4", LITTLE]
+    foretold("real", "only=extract,dedup,tokens", *overrides, cwd=folder)
+    print("\n".join(_interleaved(overrides, next(folder.glob("runs/*/real")))))
+
+
+def _interleaved(overrides: list[str], run: Path, pairs: int = 150) -> list[str]:
+    import torch
+
+    from conf.program import load
+    from conf.record import Record
+    from real import optim, pretrain
+    from real.cluster import keep_memory
+    from real.data import Tokens
+    from real.model import loss_sum
+    from real.progress import Progress
+    from real.timeline import Timeline
+
+    torch.set_num_threads(1)
+    keep_memory()
+    plan = load(overrides)
+    timeline, record, progress = Timeline(), Record(run), Progress(plan, 0.3, 0)
+    trainer = pretrain.Trainer(plan, Tokens(run / "tokens", "train", plan.train.seq_len), timeline)
+    model, adam, batches = trainer.model, trainer.optimizer, trainer.batches
+
+    def kept(step: int) -> None:
+        loss, norm = trainer.step(step)
+        seconds = pretrain.book(record, timeline, step + 1)
+        pretrain.tell(plan, record, step + 1, seconds, loss, norm)
+        progress.step(step + 1, loss, seconds)
+        record.flush()
+
+    def bare(step: int) -> None:
+        for group in adam.param_groups:
+            group["lr"] = optim.learning_rate(plan.train, step)
+        for inputs, targets in batches.micro_batches(step):
+            loss = loss_sum(model(inputs), targets) / plan.tokens_per_step
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), plan.train.clip)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        float(loss.detach())
+
+    times: dict[str, list[float]] = {"kept": [], "bare": []}
+    for step in range(2 * pairs):
+        name, work = (("kept", kept), ("bare", bare))[(step + step // 2) % 2]  # A B B A: drift cancels
+        began = time.perf_counter()
+        work(step)
+        times[name].append(time.perf_counter() - began)
+    kept_time, bare_time = (statistics.median(times[name][5:]) for name in ("kept", "bare"))
+    return [
+        f"step with record {kept_time * 1e3:.2f} ms, bare {bare_time * 1e3:.2f} ms:"
+        f" {bare_time / kept_time:.4f} of its tokens/s (asked: at least 0.98)"
+    ]
+
+
+def sim() -> None:
+    """Seconds of `foretold sim json=true` for 16,384 GPUs and 54 days."""
+    folder = Path(tempfile.mkdtemp())
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        foretold("sim", "json=true", "experiment=llama3_405b", cwd=folder)
+        times.append(time.perf_counter() - began)
+    print(f"16,384 GPUs, 54 days: median {statistics.median(times):.2f} s, slowest {max(times):.2f} s of {len(times)} (asked: at most 3)")
+
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:] or ["sim", "bookkeeping", "prediction"]
+    for name in chosen:
+        print(f"\n== {name}")
+        {"prediction": prediction, "bookkeeping": bookkeeping, "sim": sim}[name]()
