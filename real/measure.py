@@ -16,7 +16,7 @@ from conf.record import Record
 from real import kernels, network
 from real.cluster import rank
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 def measure(plan: Plan, folder: Path, names: tuple[str, ...], epoch: float, launched: float) -> None:
