@@ -19,7 +19,7 @@ from real.life import DATA, STAGES, Life
 USAGE = """
 foretold real [options] [group=option] [key=value]   execute a plan
 
-  foretold real                                  the default plan: this machine's Python library, two million parameters
+  foretold real                                  the default plan: this machine's Python library, eight hundred thousand parameters
   foretold real data.path='corpus/**/*.txt'      your own text
   foretold real only=extract,dedup,tokens        some stages
   foretold real only=kernels,network             time this machine's operations, for `foretold analysis calibrate`

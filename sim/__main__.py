@@ -20,7 +20,7 @@ from sim.summary import spread, summary
 USAGE = """
 foretold sim [options] [group=option] [key=value]   predict a plan
 
-  foretold sim                                   the default plan: this machine's Python library, two million parameters
+  foretold sim                                   the default plan: this machine's Python library, eight hundred thousand parameters
   foretold sim experiment=llama3_405b            54 days of 16,384 GPUs in a second
   foretold sim experiment=llama3_405b checkpoint.every=20   the same faults under another policy
   foretold sim replicas=20                       twenty seeds: the median, with the 10th and 90th percentile

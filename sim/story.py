@@ -23,6 +23,8 @@ def tell(history: History, folder: Path) -> None:
     for name in ("ledger.parquet", "events.parquet", "trace.json", "summary.json"):
         (folder / name).unlink(missing_ok=True)
     write(folder / "plan.yaml", to_yaml(history.plan))
+    if history.plan.profile:
+        write(folder / "profile.yaml", Path(history.plan.profile).read_bytes())
     record = Record(folder, rank=None, live=False)
     _ledger(history, record)
     _quantities(history, record)
