@@ -111,6 +111,11 @@ def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, fl
             float(np.median([int(r["bytes"]) / float(r["time_us"]) * 1e6 for r in written])) * plan.ranks, "B/s"
         )
     blocks = groups.pop("block.forward", []) + groups.pop("block.backward", [])
+    updates = groups.pop("optimizer.step", [])
+    if updates:
+        tensors, numbers = [int(row["m"]) for row in updates], [int(row["k"]) for row in updates]
+        (tensor, byte), report["optimizer"] = line(tensors, [8 * 4 * n for n in numbers], [float(r["time_us"]) * 1e-6 for r in updates])
+        parameters |= {"optimizer_tensor": _as(tensor, "s"), "optimizer.step.bandwidth": _inverse(byte, "B/s")}
     for kind, same in groups.items():
         work = [_work(kind, row, size) for row in same]
         if not work[0].flops and not work[0].bytes:
@@ -122,24 +127,22 @@ def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, fl
             parameters[f"{kind}.rate"] = _inverse(rate, "FLOP/s")
         parameters[f"{kind}.bandwidth"] = _inverse(bandwidth, "B/s")
     if blocks:
-        parameters["composition"], report["block"] = _composition(plan, parameters, blocks, size)
+        found, report["block"] = _composition(plan, parameters, blocks, size)
+        parameters |= found
         parameters["jitter"] = Parameter(float(np.median([float(row["cv"]) for row in blocks])), "1")
     return parameters, report
 
 
-def _composition(plan: Plan, parameters: Mapping[str, Parameter], rows: Rows, size: float) -> tuple[Parameter, float]:
-    """Time of whole blocks over the sum of their operations' fitted times: the geometric mean over the blocks measured."""
-    device, ratios = Device([given(plan, parameters)]), []
+def _composition(plan: Plan, parameters: Mapping[str, Parameter], rows: Rows, size: float) -> tuple[dict[str, Parameter], float]:
+    """Whole blocks against the sum of their operations' fitted times: a constant and a factor."""
+    device, alone = Device([given(plan, parameters)]), []
     for row in rows:
         n = {name: float(row[name]) for name in ("batch", "seq", "heads", "kv_heads", "k", "n")}
         shape = SimpleNamespace(micro_batch=n["batch"], seq_len=n["seq"], hidden=n["k"], heads=n["heads"], kv_heads=n["kv_heads"],
                                 ffn=n["n"], tp=1.0, cp=1.0, size=size)  # fmt: skip
-        alone = sum(float(device.seconds(work)[0]) for work in block_work(shape, row["stage"]))
-        ratios.append(float(row["time_us"]) * 1e-6 / alone)
-    logs = np.log(ratios)
-    mean = float(np.exp(logs.mean()))
-    error = float(np.median(np.abs(np.exp(logs) / mean - 1)) * 100)
-    return Parameter(mean, "1", mean * float(logs.std() / np.sqrt(len(logs)))), error
+        alone.append(sum(float(device.seconds(work)[0]) for work in block_work(shape, row["stage"])))
+    (glue, factor), error = line([1.0] * len(rows), alone, [float(row["time_us"]) * 1e-6 for row in rows])
+    return {"glue": _as(glue, "s"), "composition": _as(factor, "1")}, error
 
 
 def _work(kind: str, row: Mapping[str, str], size: float) -> Work:
@@ -156,7 +159,7 @@ def _work(kind: str, row: Mapping[str, str], size: float) -> Work:
         return attention(n["batch"] * n["seq"], n["seq"], n["heads"] * n["qk_head_dim"], size, stage)
     if op == "loss":
         return moved(op, n["m"] * n["n"], 4.0, stage)
-    return moved(op, n["k"] if op == "optimizer" else n["m"] * n["k"], 4.0 if op == "optimizer" else size, stage)
+    return moved(op, n["m"] * n["k"], size, stage)
 
 
 Estimate = tuple[float, float]  # value and standard error of a time per unit

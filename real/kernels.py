@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from conf.plan import Plan
 from real.cluster import device
@@ -186,8 +187,11 @@ def _optimizer(plan: Plan, where: torch.device, scale: int) -> Iterator[Row]:
     """One step of AdamW with clipping, as the trainer does it on its own shard."""
     from real import optim
 
-    for count, width in ((8, 256), (24, 256), (12, 512)):
+    for count, width in ((8, 256), (24, 256), (12, 512), (48, 64)):
         layers = nn.ModuleList(nn.Linear(width, width * scale, bias=False, device=where) for _ in range(count))
+        if plan.ranks > 1:
+            for layer in layers:
+                fully_shard(layer)
         adam = optim.optimizer(layers, plan.train)
         for parameter in layers.parameters():
             parameter.grad = torch.randn_like(parameter)
@@ -197,7 +201,7 @@ def _optimizer(plan: Plan, where: torch.device, scale: int) -> Iterator[Row]:
             optim.shrink(grads, optim.sum_of_squares(grads).sqrt(), 1e9)
             adam.step()
 
-        numbers = sum(p.numel() for p in layers.parameters())
+        numbers = sum(optim.local(p).numel() for p in layers.parameters())
         yield _row(plan, "optimizer", "step", {"m": count, "k": numbers}, best(step, where.type == "cuda", 0.1))
 
 

@@ -28,7 +28,7 @@ TRAFFIC = {
     "add.forward": (1, 3), "add.backward": (0, 0),
     "loss.forward": (2, 4), "loss.backward": (2, 4),
     "embedding.forward": (1, 2), "embedding.backward": (2, 3),
-    "optimizer.step": (1, 8),
+    "optimizer.step": (0, 8),
 }  # fmt: skip
 KINDS = (*(f"{kind}.{stage}" for kind in ("matmul", "attention") for stage in ("forward", "backward")), *TRAFFIC)
 
@@ -43,6 +43,8 @@ class Rates:
     matmul_launch: float
     overlap: float
     composition: float  # time of operations in a row over the sum of their times alone
+    glue: float  # s that a block's forward or backward takes besides its operations
+    optimizer_tensor: float  # s that the optimizer takes for each parameter tensor, whatever its size
     jitter: float  # coefficient of variation of a block's time
     latency: dict[str, float]  # s a hop of each collective inside a server
     link: dict[str, float]  # B/s of each collective inside a server
@@ -84,6 +86,8 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         matmul_launch=pick("launch", gpu.launch + gpu.gemm_half / matmul),
         overlap=gpu.overlap,
         composition=pick("composition", 1.0),
+        glue=pick("glue", 0.0),
+        optimizer_tensor=pick("optimizer_tensor", gpu.launch),
         jitter=pick("jitter", 0.0),
         latency={c: pick(f"{c}.latency", gpu.link_latency) for c in COLLECTIVES},
         link={c: pick(f"{c}.bandwidth", gpu.link_bandwidth / 8) for c in COLLECTIVES},

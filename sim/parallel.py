@@ -114,7 +114,7 @@ def block_work(p: Any, stage: str) -> list[Work]:
 
 def _block(p: Any, device: Device, stage: str) -> Array:
     """Seconds of one block on one micro-batch."""
-    return np.asarray(device["composition"] * np.sum([device.seconds(work) for work in block_work(p, stage)], axis=0))
+    return np.asarray(device["glue"] + device["composition"] * np.sum([device.seconds(work) for work in block_work(p, stage)], axis=0))
 
 
 def _ends(p: Any, device: Device) -> dict[str, Array]:
@@ -140,8 +140,10 @@ def _accumulate(p: Any, device: Device) -> Array:
 
 
 def _optimizer(p: Any, device: Device) -> Array:
-    """Clipping and AdamW on this rank's shard, fp32."""
-    return device.seconds(moved("optimizer", _held(p) / (p.dp_shard * p.cp), 4.0, "step"))
+    """Clipping and AdamW on this rank's shard, fp32: nine tensors a block, the last norm and the tables."""
+    tensors = 9 * p.layers / p.pp + 3 - p.tied
+    shard = _held(p) / (p.dp_shard * p.cp)
+    return np.asarray(tensors * device["optimizer_tensor"] + device.seconds(moved("optimizer", shard, 4.0, "step")))
 
 
 def _tensor_traffic(p: Any, network: Network, layers: Array) -> Array:

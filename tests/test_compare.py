@@ -246,7 +246,6 @@ def test_nothing_to_compare(runs: Path, plan: Plan, foretold: Foretold) -> None:
         ("ledger.parquet", b"PAR1"),
         ("events.parquet", b""),
         ("ledger.rank0.jsonl", b'{"at": 1.0}\n'),
-        ("ledger.rank0.jsonl", b'{"at" "stage"}\n'),
         ("events.rank0.jsonl", b'{"at": 1.0}\n'),
         ("plan.yaml", b"a: [1"),
         ("plan.yaml", b"a: 1"),
