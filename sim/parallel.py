@@ -67,12 +67,14 @@ def steps(plans: Sequence[Plan]) -> Steps:
     micro = stage + last + _accumulate(p, device)
     inside = _tensor_traffic(p, network, layers) + np.where(p.pp > 1, 2 * network.send("pp", _message(p)), 0.0)
     bubble = (p.pp - 1) / p.vpp * (micro + inside)  # interleaved 1F1B (Narayanan et al. 2021, section 2.2.2)
-    optimizer = _optimizer(p, device)
+    agreed = network.collective("all_reduce", "dp_shard", np.full_like(p.dp, 4.0))  # one number: the gradient norm, and the loss
+    optimizer = _optimizer(p, device) + agreed
     sharding = _sharding(p, device, network, layers, p.accumulation)
     window = p.accumulation * micro
     waiting = np.where(p.dp > 1, _largest(p.dp) * device["jitter"] * window, 0.0)
     exposed = np.where(p.cuda, np.maximum(0.0, sharding - window), sharding + waiting)
-    compute, communication = p.accumulation * (micro + _units(p, device, layers)), p.accumulation * inside + exposed
+    compute = p.accumulation * (micro + _units(p, device, layers))
+    communication = p.accumulation * inside + exposed + agreed
     step_time = compute + communication + bubble + optimizer
     sequences = np.ceil(p.evaluate_sequences / (p.dp * p.micro_batch))
     gathers = _gathers(p, network, layers) * np.where(p.cuda, 0.0, 1.0)
