@@ -65,7 +65,7 @@ def test_known_rates_come_back(measured: Path, plan: Plan) -> None:
     parameters, report = fit(plan, measured)
     for kind in ("matmul.forward", "matmul.backward"):
         assert parameters[f"{kind}.rate"].value == pytest.approx(RATE, rel=0.1)  # outliers only make slower
-        assert report[kind] < 5
+        assert report[kind] < 8
     for name in ("norm.forward.bandwidth", "norm.backward.bandwidth"):
         assert parameters[name].value == pytest.approx(BANDWIDTH, rel=0.08)
     assert parameters["all_gather.latency"].value == pytest.approx(3e-4, rel=1e-3)
