@@ -47,18 +47,24 @@ def rows(plan: Plan) -> Iterator[Row]:
 
 
 def _together(work: Callable[[], Any], cuda: bool) -> float:
-    """Seconds of a call when every rank calls it the same number of times."""
+    """Seconds of a call when the ranks come to it from some milliseconds of work, as in training: they arrive apart, and
+    the one that waits must be woken."""
+    busy = torch.randn(512, 512, device="cuda" if cuda else "cpu")
     for _ in range(3):
         work()
     dist.barrier()
     times = []
     for _ in range(15):
+        for _ in range(3):
+            busy @ busy
+        if cuda:
+            torch.cuda.synchronize()
         began = time.perf_counter()
         work()
         if cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return statistics.fmean(times)
 
 
 def _unit(plan: Plan, width: int, where: torch.device, cuda: bool) -> Row:
