@@ -19,12 +19,9 @@ if TYPE_CHECKING:  # a type checker sees the float that is there after loading
     Seconds: TypeAlias = float
     Watts: TypeAlias = float
     Rate: TypeAlias = float
-    Dollars: TypeAlias = float
     DollarsPerHour: TypeAlias = float
-    DollarsPerJoule: TypeAlias = float
     Intensity: TypeAlias = float
     Litres: TypeAlias = float
-    Grams: TypeAlias = float
 else:  # Hydra sees the text that a user writes
     BitRate = Annotated[str, "bit/s"]
     ByteRate = Annotated[str, "B/s"]
@@ -34,12 +31,9 @@ else:  # Hydra sees the text that a user writes
     Seconds = Annotated[str, "s"]
     Watts = Annotated[str, "W"]
     Rate = Annotated[str, "1/s"]
-    Dollars = Annotated[str, "USD"]
     DollarsPerHour = Annotated[str, "USD/h"]
-    DollarsPerJoule = Annotated[str, "USD/J"]
     Intensity = Annotated[str, "gCO2e/J"]
     Litres = Annotated[str, "L/J"]
-    Grams = Annotated[str, "gCO2e"]
 
 # symbol: (size in base units, exponents of the base units)
 SYMBOLS: dict[str, tuple[float, dict[str, int]]] = {
