@@ -12,6 +12,7 @@ from conf.plan import Data
 
 KINDS = (".txt", ".md", ".py", ".rst", ".html", ".jsonl", ".jsonl.gz", ".parquet")
 MANY = (".jsonl", ".jsonl.gz", ".parquet")  # files that hold many documents
+SHARD = 4_000_000  # bytes of input that one task of a data stage reads
 
 
 def kind_of(path: Path) -> str | None:

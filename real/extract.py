@@ -8,12 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from conf.corpus import files, kind_of
+from conf.corpus import SHARD, files, kind_of
 from conf.errors import Refused, nearest
 from conf.plan import Plan
 from real.stage import Task
 
-SHARD = 4_000_000  # bytes of input a task
 VERSION = 1
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from conf.corpus import SHARD
 from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
@@ -77,7 +78,7 @@ class Life:
         return lambda share: self.say(f"\r{name} {share:.0%}")
 
     def _extract(self, pool: ProcessPoolExecutor) -> Manifest:
-        facts = {"path": self.plan.data.path, "tasks_of": extract.SHARD}
+        facts = {"path": self.plan.data.path, "tasks_of": SHARD}
         done = stage.run(
             self.folder / "extract", extract.tasks(self.plan), extract.config(self.plan), pool, facts, self._progress("extract")
         )

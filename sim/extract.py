@@ -5,11 +5,9 @@ The sizes of the files are known beforehand, so bytes and tasks are exact; only 
 
 from dataclasses import dataclass
 
-from conf.corpus import MANY, files, kind_of
+from conf.corpus import MANY, SHARD, files, kind_of
 from conf.plan import Data
 from sim.cluster import Course, World, per_second, pool
-
-SHARD = 4_000_000  # bytes of input a task, as in real
 
 
 @dataclass(frozen=True)
