@@ -9,6 +9,7 @@ from conf.program import Options, run, split
 ACTIONS = {
     "compare": "print a plan's prediction beside its measurement",
     "calibrate": "fit the rates of a machine to what was measured on it",
+    "experiments": "predict the published runs, beside what was published",
     "report": "write both, with figures and assumptions, as one HTML page",
 }
 USAGE = """foretold analysis ACTION [options]

@@ -10,10 +10,11 @@ from analysis.page import Html, document, join, key, table, tag
 from analysis.pair import Pair, open_pair
 from conf.files import write
 from conf.node import Node
-from conf.plan import Plan, groups, keys
+from conf.plan import Plan
 from conf.profile import read_profile
 from conf.record import QUANTITIES
 from conf.rules import get
+from conf.schema import groups, keys
 from conf.units import show, unit_of
 
 OPTIONS = {
@@ -129,7 +130,7 @@ def _assumptions(pair: Pair) -> Iterator[Html]:
 def _plan(plan: Plan) -> Iterator[Html]:
     """Every key of the plan with its value and meaning, group by group."""
     rows: dict[str, list[tuple[str, ...]]] = {}
-    for path, (annotation, means) in keys().items():
+    for path, (annotation, means, _) in keys().items():
         group, _, field = path.rpartition(".")
         if field != "source":
             rows.setdefault(group or "run", []).extend(_planned(field, means, get(plan, path), unit_of(annotation)))
@@ -161,7 +162,7 @@ def _shown(value: Any, unit: str | None) -> str:
 
 def _several(value: Any) -> str:
     if isinstance(value, Node):
-        told = {name: (getattr(value, name), unit_of(kind)) for name, (kind, _) in keys(type(value)).items()}
+        told = {name: (getattr(value, name), unit_of(kind)) for name, (kind, _, _) in keys(type(value)).items()}
         return ", ".join(
             name if inner is True else f"{name} {_shown(inner, unit)}" for name, (inner, unit) in told.items() if inner is not False
         )

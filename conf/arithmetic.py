@@ -1,27 +1,88 @@
 """Arithmetic of a model that both worlds share: parameters, FLOPs, bytes.
 
-Every function takes the plan's groups or arrays of their values under the same names, and returns the same kind.
+Every function takes a plan's model, or arrays of models' values under the same names, and returns the same kind.
 """
 
 from typing import Any
 
 FP32 = 4
-BYTES = {"fp32": 4, "bf16": 2}
+
+
+def query_width(model: Any) -> Any:
+    """Width of all query heads; with latent attention a head has a rotary part besides (DeepSeek-V2, section 2.1.3)."""
+    return model.heads * (model.head_dim + model.mla.rope)
+
+
+def value_width(model: Any) -> Any:
+    return model.heads * model.head_dim
+
+
+def attention_matrices(model: Any) -> list[tuple[Any, Any, Any]]:
+    """The projections of one block as (outputs, inputs, 1 where the model has this one else 0).
+
+    Ordinary: queries, keys, values, output. Latent (DeepSeek-V2, equations 37 to 47): queries through a narrow waist or
+    direct, keys and values through another, output.
+    """
+    h, wide, value, mla = model.hidden, query_width(model), value_width(model), model.mla
+    kv, latent, waist = model.kv_heads * model.head_dim, mla.kv_rank > 0, mla.q_rank > 0
+    return [
+        (wide, h, 1 - 1 * waist),
+        (mla.q_rank, h, 1 * waist),
+        (wide, mla.q_rank, 1 * waist),
+        (kv, h, 2 - 2 * latent),
+        (mla.kv_rank + mla.rope, h, 1 * latent),
+        (2 * value, mla.kv_rank, 1 * latent),
+        (h, value, 1),
+    ]
 
 
 def attention_parameters(model: Any) -> Any:
-    """Query, key, value and output projections of one block: h (2h + 2 h kv/heads)."""
-    return model.hidden * (2 * model.hidden + 2 * model.hidden * model.kv_heads // model.heads)
+    return sum(n * k * there for n, k, there in attention_matrices(model))
 
 
 def mlp_parameters(model: Any) -> Any:
-    """Gate, up and down projections of one SwiGLU: 3 h f."""
-    return 3 * model.hidden * model.ffn
+    """The dense feed-forward: up and down, and a gate: 3 h f, or 2 h f without one."""
+    return (2 + 1 * model.gated) * model.hidden * model.ffn
+
+
+def expert_parameters(model: Any) -> Any:
+    """One expert."""
+    return (2 + 1 * model.gated) * model.hidden * model.moe.ffn
+
+
+def expert_layers(model: Any) -> Any:
+    """Blocks whose feed-forward is a mixture of experts."""
+    return (model.layers - model.moe.dense_layers) * (model.moe.experts > 0)
+
+
+def common_mlp_parameters(model: Any) -> Any:
+    """Feed-forwards of all blocks without their routed experts: dense ones, routers and shared experts."""
+    moe = model.moe
+    mixed = expert_layers(model)
+    return (model.layers - mixed) * mlp_parameters(model) + mixed * (model.hidden * moe.experts + moe.shared * expert_parameters(model))
+
+
+def routed_parameters(model: Any) -> Any:
+    """Routed experts of all blocks."""
+    return expert_layers(model) * model.moe.experts * expert_parameters(model)
+
+
+def vector_parameters(model: Any) -> Any:
+    """Norms and biases of one block."""
+    h, mla, bias = model.hidden, model.mla, 1 * model.layer_norm
+    norms = (1 + bias) * 2 * h + 2 * model.head_dim * model.qk_norm + mla.q_rank + mla.kv_rank
+    biases = value_width(model) + 2 * model.kv_heads * model.head_dim + h + (1 + 1 * model.gated) * model.ffn + h
+    return norms + bias * biases
 
 
 def block_parameters(model: Any) -> Any:
-    """One decoder block with its two norms."""
-    return attention_parameters(model) + mlp_parameters(model) + 2 * model.hidden
+    """One decoder block, the mean over dense and mixed ones."""
+    return (layers_parameters(model) + routed_parameters(model)) / model.layers
+
+
+def layers_parameters(model: Any) -> Any:
+    """All decoder blocks without their routed experts."""
+    return model.layers * (attention_parameters(model) + vector_parameters(model)) + common_mlp_parameters(model)
 
 
 def embedding_parameters(model: Any) -> Any:
@@ -29,33 +90,36 @@ def embedding_parameters(model: Any) -> Any:
 
 
 def parameters(model: Any) -> Any:
-    """All parameters: blocks, last norm, embedding, and the head unless it is tied.
+    """All parameters: blocks, last norm, embedding, learned positions, and the head unless it is tied.
 
-    >>> from types import SimpleNamespace as S
-    >>> parameters(S(layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocab=128256, tied=False)) / 1e9
+    >>> from conf.program import load
+    >>> parameters(load(["model=llama3_8b"]).model) / 1e9
     8.030261248
     """
-    tables = 2 - 1 * model.tied
-    return model.layers * block_parameters(model) + model.hidden + tables * embedding_parameters(model)
+    tables = (2 - 1 * model.tied) * embedding_parameters(model) + model.position_rows * model.hidden
+    return layers_parameters(model) + routed_parameters(model) + (1 + 1 * model.layer_norm) * model.hidden + tables
+
+
+def active_parameters(model: Any) -> Any:
+    """Parameters that a token visits."""
+    idle = expert_layers(model) * (model.moe.experts - model.moe.top_k) * expert_parameters(model)
+    return parameters(model) - idle
 
 
 def matmul_parameters(model: Any) -> Any:
-    """Parameters that take part in a matrix product for every token: blocks without norms, and the head."""
-    return model.layers * (attention_parameters(model) + mlp_parameters(model)) + embedding_parameters(model)
+    """Parameters that take part in a matrix product for every token: blocks without norms, visited experts, and the head."""
+    visited = expert_layers(model) * model.moe.top_k * expert_parameters(model)
+    return model.layers * attention_parameters(model) + common_mlp_parameters(model) + visited + embedding_parameters(model)
 
 
 def flops_per_token(model: Any, seq_len: Any) -> Any:
     """Model FLOPs of training on one token, forward and backward, nothing recomputed.
 
-    6 P + 12 L h s: the PaLM convention (Chowdhery et al. 2022, appendix B), in which attention counts the full s × s
-    matrix although a causal kernel computes half of it. MFU everywhere in foretold is in this convention.
+    6 P + 6 L s (query width + value width), that is 12 L h s for ordinary heads: the PaLM convention (Chowdhery et al.
+    2022, appendix B), in which attention counts the full s × s matrix although a causal kernel computes half of it. MFU
+    everywhere in foretold is in this convention.
     """
-    return 6 * matmul_parameters(model) + 12 * model.layers * model.hidden * seq_len
-
-
-def attention_flops(model: Any, seq_len: Any) -> Any:
-    """Forward FLOPs of causal attention in one block for one token, as executed: 2 h s (scores and values, half masked)."""
-    return 2 * model.hidden * seq_len
+    return 6 * matmul_parameters(model) + 6 * model.layers * seq_len * (query_width(model) + value_width(model))
 
 
 def state_bytes(model: Any) -> Any:

@@ -4,6 +4,7 @@ Plain `frozen=True` is no use here: OmegaConf turns it into a read-only node tha
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Self, Union, get_args, get_origin, get_type_hints
@@ -13,10 +14,12 @@ from omegaconf import MISSING
 from conf.errors import nearest
 from conf.units import read, spell, unit_of
 
+POSITIVE, NOT_NEGATIVE, SHARE = "above 0", "not negative", "a share from 0 to 1"
 
-def say(means: str, default: Any = MISSING) -> Any:
-    """A field with its meaning, which help and messages show."""
-    metadata = {"means": means}
+
+def say(means: str, default: Any = MISSING, must: Any = None) -> Any:
+    """A field with its meaning, and what must hold for its value: POSITIVE, NOT_NEGATIVE, SHARE, or a tuple of choices."""
+    metadata = {"means": means, "must": must}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -76,17 +79,33 @@ def build(kind: type[Node], values: Any, at: str, problems: list[str]) -> Any:
     for name, annotation in known.items():
         key = f"{at}.{name}".lstrip(".")
         given, default = name in values and values[name] != MISSING, kind.__dataclass_fields__[name].default
-        if not given and default not in (MISSING, dataclasses.MISSING):
+        if not given and isinstance(annotation, type) and issubclass(annotation, Node):
+            result[name] = build(annotation, {}, key, problems)
+        elif not given and default not in (MISSING, dataclasses.MISSING):
             result[name] = default
         elif not given:
             means = kind.__dataclass_fields__[name].metadata.get("means", "")
             problems.append(f"{key} is missing ({means}); set {key}=…")
         else:
-            result[name] = _value(annotation, values[name], key, problems)
+            result[name] = build_value(annotation, values[name], key, problems)
     return kind(**result) if len(result) == len(known) and not problems else None
 
 
-def _value(annotation: Any, value: Any, key: str, problems: list[str]) -> Any:
+def leaves(node: Node, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """Every value of a node with its full key and its field, groups in groups and tables of groups included."""
+    for name, field_ in node.__dataclass_fields__.items():
+        value, key = getattr(node, name), prefix + name
+        inner = {key: value} if isinstance(value, Node) else {}
+        if isinstance(value, dict):
+            inner = {f"{key}.{k}": v for k, v in value.items() if isinstance(v, Node)}
+        if not inner:
+            yield key, value, field_
+        for at, child in inner.items():
+            yield from leaves(child, f"{at}.")
+
+
+def build_value(annotation: Any, value: Any, key: str, problems: list[str]) -> Any:
+    """A value of a field's type from what YAML or the command line gives."""
     if get_origin(annotation) in (Union, UnionType):
         options = get_args(annotation)
         if value is None and NoneType in options:
@@ -107,9 +126,9 @@ def _plain(annotation: Any, value: Any, key: str, problems: list[str]) -> Any:
         return read(str(value), unit)
     if origin is dict:
         inner = get_args(annotation)[1]
-        return {str(k): _value(inner, v, f"{key}.{k}", problems) for k, v in dict(value).items()}
+        return {str(k): build_value(inner, v, f"{key}.{k}", problems) for k, v in dict(value).items()}
     if origin is list:
-        return [_value(get_args(annotation)[0], v, f"{key}[{i}]", problems) for i, v in enumerate(value)]
+        return [build_value(get_args(annotation)[0], v, f"{key}[{i}]", problems) for i, v in enumerate(value)]
     if annotation is bool and not isinstance(value, bool):
         raise TypeError("expected true or false")
     if annotation is int:

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Optional
 
-from conf.node import Node, say
+from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, Node, say
 from conf.units import (
     BitRate,
     ByteRate,
@@ -30,85 +30,135 @@ class Gpu(Node):
     """One device that holds one rank: an accelerator, or one CPU core."""
 
     name: str = say("name of the device, the key of its price")
-    kind: str = say("cpu or cuda")
-    fp32_peak: FlopRate = say("peak dense fp32 matrix rate")
-    bf16_peak: Optional[FlopRate] = say("peak dense bf16 matrix rate, null where there is none")
-    memory: Bytes = say("memory of the device")
-    memory_bandwidth: ByteRate = say("peak memory bandwidth")
-    gemm_efficiency: float = say("fraction of the peak that a large matrix product reaches (measured maximum)")
+    kind: str = say("cpu, cuda (ROCm too) or tpu; real executes the first two", must=("cpu", "cuda", "tpu"))
+    fp32_peak: FlopRate = say("peak dense matrix rate of fp32 training (TF32 where there is one)", must=POSITIVE)
+    bf16_peak: Optional[FlopRate] = say("peak dense bf16 matrix rate, null where there is none", must=POSITIVE)
+    fp16_peak: Optional[FlopRate] = say("peak dense fp16 matrix rate, null where there is none", must=POSITIVE)
+    fp8_peak: Optional[FlopRate] = say("peak dense fp8 matrix rate, null where there is none", must=POSITIVE)
+    memory: Bytes = say("memory of the device", must=POSITIVE)
+    memory_bandwidth: ByteRate = say("peak memory bandwidth", must=POSITIVE)
+    gemm_efficiency: float = say("fraction of the peak that a large matrix product reaches (measured maximum)", must=POSITIVE)
     gemm_half: Flops = say("size of a matrix product that runs at half of that rate")
     attention_efficiency: float = say("rate of the attention kernel as a fraction of a large matrix product's")
-    memory_efficiency: float = say("fraction of the memory bandwidth that element-wise kernels reach")
-    launch: Seconds = say("smallest time of a kernel")
-    overlap: float = say("share of the memory traffic of a kernel hidden behind its arithmetic, 0 to 1")
-    link_bandwidth: BitRate = say("bandwidth to the other devices of the node, per direction")
-    link_latency: Seconds = say("latency of one hop inside the node")
-    idle_power: Watts = say("power of the idle device")
+    memory_efficiency: float = say("fraction of the memory bandwidth that element-wise kernels reach", must=POSITIVE)
+    launch: Seconds = say("smallest time of a kernel", must=NOT_NEGATIVE)
+    overlap: float = say("share of the memory traffic of a kernel hidden behind its arithmetic, 0 to 1", must=SHARE)
+    link_bandwidth: BitRate = say("bandwidth to the other devices of its domain (NVLink), per direction", must=POSITIVE)
+    link_latency: Seconds = say("latency of one hop inside the domain", must=NOT_NEGATIVE)
+    idle_power: Watts = say("power of the idle device", must=NOT_NEGATIVE)
     max_power: Watts = say("power limit of the device")
     source: str = say("where the numbers come from")
+
+    def peak(self, precision: str) -> float | None:
+        """Peak dense matrix rate of training at a precision [FLOP/s], None where the device has none."""
+        return {"fp32": self.fp32_peak, "bf16": self.bf16_peak, "fp16": self.fp16_peak, "fp8": self.fp8_peak}.get(precision)
 
 
 @dataclass(kw_only=True)
 class Cluster(Node):
     name: str = say("name of the cluster")
-    nodes: int = say("servers in the job, spares not counted")
-    gpus_per_node: int = say("devices, and so ranks, per server")
-    spares: int = say("servers kept idle to replace failed ones")
-    cores_per_node: int = say("CPU cores per server that work on data")
+    nodes: int = say("servers in the job, spares not counted", must=POSITIVE)
+    gpus_per_node: int = say("devices, and so ranks, per server", must=POSITIVE)
+    spares: int = say("servers kept idle to replace failed ones", must=NOT_NEGATIVE)
+    domain: Optional[int] = say("devices that the fast link joins (NVLink domain); null = those of a server", must=POSITIVE)
+    pod_nodes: Optional[int] = say("servers that share a part of the fabric without oversubscription; null = all", must=POSITIVE)
+    oversubscription: float = say("bandwidth of a pod's servers over that of the pod's way out; 1 = none", must=POSITIVE)
+    cores_per_node: int = say("CPU cores per server that work on data", must=POSITIVE)
     nic_bandwidth: BitRate = say("network bandwidth per device, per direction")
-    nic_latency: Seconds = say("latency of one hop between servers")
-    storage_write: ByteRate = say("write bandwidth of the checkpoint storage, whole cluster")
-    storage_read: ByteRate = say("read bandwidth of the checkpoint storage, whole cluster")
+    nic_latency: Seconds = say("latency of one hop between servers", must=NOT_NEGATIVE)
+    storage_write: ByteRate = say("write bandwidth of the checkpoint storage, whole cluster", must=POSITIVE)
+    storage_read: ByteRate = say("read bandwidth of the checkpoint storage, whole cluster", must=POSITIVE)
     source: str = say("where the numbers come from")
 
     @property
     def ranks(self) -> int:
         return self.nodes * self.gpus_per_node
 
+    @property
+    def domain_ranks(self) -> int:
+        return self.domain or self.gpus_per_node
+
+    @property
+    def pod_ranks(self) -> int:
+        return (self.pod_nodes or self.nodes) * self.gpus_per_node
+
+
+@dataclass(kw_only=True)
+class Moe(Node):
+    """Mixture of experts; without experts the model is dense."""
+
+    experts: int = say("routed experts of a layer; 0 = a dense model", 0, must=NOT_NEGATIVE)
+    top_k: int = say("routed experts that a token visits", 0, must=NOT_NEGATIVE)
+    shared: int = say("experts that every token visits", 0, must=NOT_NEGATIVE)
+    ffn: int = say("width of one expert's feed-forward", 0, must=NOT_NEGATIVE)
+    dense_layers: int = say("leading layers whose feed-forward is dense", 0, must=NOT_NEGATIVE)
+    node_limit: Optional[int] = say("servers among which a token's experts may lie; null = all", None, must=POSITIVE)
+
+
+@dataclass(kw_only=True)
+class Mla(Node):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1); without kv_rank attention is ordinary."""
+
+    kv_rank: int = say("width of the compressed keys and values; 0 = ordinary attention", 0, must=NOT_NEGATIVE)
+    q_rank: int = say("width of the compressed queries; 0 = not compressed", 0, must=NOT_NEGATIVE)
+    rope: int = say("width of a head's rotary part, beside model.head", 0, must=NOT_NEGATIVE)
+
 
 @dataclass(kw_only=True)
 class Model(Node):
-    """A Llama-style decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+    """A decoder. The defaults are Llama's: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
 
     name: str = say("name of the model")
-    layers: int = say("decoder blocks")
-    hidden: int = say("width of the residual stream")
-    heads: int = say("query heads")
-    kv_heads: int = say("key and value heads")
-    ffn: int = say("width of the SwiGLU feed-forward")
-    vocab: int = say("rows of the embedding; at least the tokenizer's vocabulary")
+    layers: int = say("decoder blocks", must=POSITIVE)
+    hidden: int = say("width of the residual stream", must=POSITIVE)
+    heads: int = say("query heads", must=POSITIVE)
+    kv_heads: int = say("key and value heads", must=POSITIVE)
+    head: Optional[int] = say("width of a head; null = hidden / heads", None, must=POSITIVE)
+    ffn: int = say("width of the dense feed-forward", must=POSITIVE)
+    gated: bool = say("whether the feed-forward is gated (SwiGLU, three matrices) or not (two)", True)
+    vocab: int = say("rows of the embedding; at least the tokenizer's vocabulary", must=POSITIVE)
     tied: bool = say("whether the output head shares the embedding")
-    rope_theta: float = say("base of the rotary frequencies")
-    norm_epsilon: float = say("epsilon of RMSNorm")
+    positions: str = say("rope, learned (as GPT-3) or alibi (as BLOOM)", "rope", must=("rope", "learned", "alibi"))
+    context: Optional[int] = say("rows of the table of learned positions", None, must=POSITIVE)
+    layer_norm: bool = say("LayerNorm and a bias for every matrix (as GPT-3) instead of RMSNorm and none", False)
+    qk_norm: bool = say("RMSNorm over each query's and key's head", False)
+    rope_theta: float = say("base of the rotary frequencies", must=POSITIVE)
+    norm_epsilon: float = say("epsilon of the norms", must=POSITIVE)
+    moe: Moe = say("mixture of experts", Moe)
+    mla: Mla = say("multi-head latent attention", Mla)
     source: str = say("where the shape comes from")
 
     @property
     def head_dim(self) -> int:
-        return self.hidden // self.heads
+        return self.head or self.hidden // self.heads
+
+    @property
+    def position_rows(self) -> int:
+        return (self.context or 0) if self.positions == "learned" else 0
 
 
 @dataclass(kw_only=True)
 class Data(Node):
     path: Optional[str] = say("file, folder or glob of text; python = the Python library on this machine; null = tokens exist")
-    limit: Bytes = say("most bytes of text to read")
+    limit: Bytes = say("most bytes of text to read", must=POSITIVE)
     text_field: str = say("field or column that holds the text in .jsonl and .parquet")
-    held_out: float = say("share of documents kept for evaluation")
+    held_out: float = say("share of documents kept for evaluation", must=SHARE)
     tokens: Optional[int] = say("training tokens of a corpus that is not here")
-    document_bytes: Bytes = say("expected bytes a document, where a file holds many")
-    duplicates: float = say("expected share of documents that are exact duplicates")
-    extract_rate: ByteRate = say("expected text extracted, per core")
-    dedup_rate: ByteRate = say("expected text deduplicated, per core")
+    document_bytes: Bytes = say("expected bytes a document, where a file holds many", must=POSITIVE)
+    duplicates: float = say("expected share of documents that are exact duplicates", must=SHARE)
+    extract_rate: ByteRate = say("expected text extracted, per core", must=POSITIVE)
+    dedup_rate: ByteRate = say("expected text deduplicated, per core", must=POSITIVE)
     source: str = say("where the expectations come from")
 
 
 @dataclass(kw_only=True)
 class Tokenizer(Node):
     name: str = say("name of the tokenizer")
-    vocab: int = say("tokens, special ones included")
-    sample: Bytes = say("text that the tokenizer is trained on")
-    bytes_per_token: float = say("expected bytes a token")
-    train_rate: ByteRate = say("expected text read while training the tokenizer, per core")
-    encode_rate: ByteRate = say("expected text encoded, per core")
+    vocab: int = say("tokens, special ones included", must=POSITIVE)
+    sample: Bytes = say("text that the tokenizer is trained on", must=POSITIVE)
+    bytes_per_token: float = say("expected bytes a token", must=POSITIVE)
+    train_rate: ByteRate = say("expected text read while training the tokenizer, per core", must=POSITIVE)
+    encode_rate: ByteRate = say("expected text encoded, per core", must=POSITIVE)
     source: str = say("where the expectations come from")
 
 
@@ -116,58 +166,60 @@ class Tokenizer(Node):
 class Mesh(Node):
     """Axes of the device mesh; their product is the number of ranks."""
 
-    dp_replicate: int = say("replicas of the sharded model")
+    dp_replicate: int = say("replicas of the sharded model", must=POSITIVE)
     dp_shard: int = say("ranks that share parameters, gradients and optimizer state (FSDP); -1 = what is left")
-    cp: int = say("context parallel: ranks that share a sequence")
-    tp: int = say("tensor parallel: ranks that share each matrix, with sequence parallelism")
-    pp: int = say("pipeline parallel: stages")
-    vpp: int = say("virtual stages on each pipeline rank (interleaved schedule); 1 = plain 1F1B")
+    cp: int = say("context parallel: ranks that share a sequence", must=POSITIVE)
+    tp: int = say("tensor parallel: ranks that share each matrix, with sequence parallelism", must=POSITIVE)
+    pp: int = say("pipeline parallel: stages", must=POSITIVE)
+    ep: int = say("expert parallel: neighbouring ranks of tp, cp and dp_shard among which the experts are spread", 1, must=POSITIVE)
+    vpp: int = say("virtual stages on each pipeline rank (interleaved schedule); 1 = plain 1F1B", must=POSITIVE)
 
 
 @dataclass(kw_only=True)
 class Train(Node):
-    precision: str = say("fp32 or bf16 (bf16 compute, fp32 weights and reduction)")
-    seq_len: int = say("tokens a sequence")
-    global_batch: int = say("sequences an optimizer step")
-    micro_batch: int = say("sequences a forward pass on one rank")
+    precision: str = say("of matrix products: fp32, bf16, fp16, fp8 (weights, moments and reduction stay fp32)", must=("fp32", "bf16", "fp16", "fp8"))
+    seq_len: int = say("tokens a sequence", must=POSITIVE)
+    global_batch: int = say("sequences an optimizer step", must=POSITIVE)
+    micro_batch: int = say("sequences a forward pass on one rank", must=POSITIVE)
     steps: Optional[int] = say("optimizer steps; null = until stop_after")
     stop_after: Optional[Seconds] = say("wall clock after which training stops; null = never")
-    recompute: str = say("activations recomputed in the backward pass: none or full")
-    learning_rate: float = say("peak learning rate of AdamW")
-    final_rate: float = say("last learning rate as a share of the peak")
-    warmup: int = say("steps of linear warm-up")
-    schedule: str = say("cosine, wsd or constant")
-    decay: float = say("share of the steps in which wsd decays")
-    weight_decay: float = say("weight decay of AdamW, on matrices")
-    beta1: float = say("AdamW's beta1")
-    beta2: float = say("AdamW's beta2")
-    epsilon: float = say("AdamW's epsilon")
-    clip: float = say("largest global gradient norm")
-    evaluate_every: int = say("steps between evaluations; 0 = only at the end")
-    evaluate_sequences: int = say("held-out sequences an evaluation; 0 = none")
+    fused_attention: bool = say("whether attention keeps its scores on the chip (FlashAttention), as all do since 2022", True)
+    recompute: str = say("activations recomputed in the backward pass: none or full", must=("none", "full"))
+    learning_rate: float = say("peak learning rate of AdamW", must=POSITIVE)
+    final_rate: float = say("last learning rate as a share of the peak", must=SHARE)
+    warmup: int = say("steps of linear warm-up", must=NOT_NEGATIVE)
+    schedule: str = say("cosine, wsd or constant", must=("cosine", "wsd", "constant"))
+    decay: float = say("share of the steps in which wsd decays", must=SHARE)
+    weight_decay: float = say("weight decay of AdamW, on matrices", must=NOT_NEGATIVE)
+    beta1: float = say("AdamW's beta1", must=SHARE)
+    beta2: float = say("AdamW's beta2", must=SHARE)
+    epsilon: float = say("AdamW's epsilon", must=POSITIVE)
+    clip: float = say("largest global gradient norm", must=POSITIVE)
+    evaluate_every: int = say("steps between evaluations; 0 = only at the end", must=NOT_NEGATIVE)
+    evaluate_sequences: int = say("held-out sequences an evaluation; 0 = none", must=NOT_NEGATIVE)
 
 
 @dataclass(kw_only=True)
 class Checkpoint(Node):
-    every: int = say("steps between checkpoints; 0 = only at the end")
-    keep: int = say("newest checkpoints kept")
+    every: int = say("steps between checkpoints; 0 = only at the end", must=NOT_NEGATIVE)
+    keep: int = say("newest checkpoints kept", must=POSITIVE)
 
 
 @dataclass(kw_only=True)
 class Cause(Node):
-    per: str = say("what fails at this rate: job, node or gpu")
-    rate: Rate = say("failures per unit of time")
+    per: str = say("what fails at this rate: job, node or gpu", must=("job", "node", "gpu"))
+    rate: Rate = say("failures per unit of time", must=NOT_NEGATIVE)
     planned: bool = say("whether it is maintenance that was planned", False)
 
 
 @dataclass(kw_only=True)
 class Failures(Node):
     causes: dict[str, Cause] = say("rate of each cause that stops the job")
-    detect: Seconds = say("time to notice")
-    diagnose: Seconds = say("time to find the culprit")
-    reallocate: Seconds = say("time to swap in a spare")
-    init: Seconds = say("time to start all ranks")
-    repair: Seconds = say("mean time until a failed server is a spare again")
+    detect: Seconds = say("time to notice", must=NOT_NEGATIVE)
+    diagnose: Seconds = say("time to find the culprit", must=NOT_NEGATIVE)
+    reallocate: Seconds = say("time to swap in a spare", must=NOT_NEGATIVE)
+    init: Seconds = say("time to start all ranks", must=NOT_NEGATIVE)
+    repair: Seconds = say("mean time until a failed server is a spare again", must=NOT_NEGATIVE)
     source: str = say("where the numbers come from")
 
 
@@ -175,11 +227,11 @@ class Failures(Node):
 class Power(Node):
     """Draw of a device in each state as a share of the way from idle to its limit, and what surrounds it."""
 
-    compute: float = say("share while computing")
-    communication: float = say("share while waiting for a collective (NCCL spins)")
-    bubble: float = say("share in a pipeline bubble")
-    other: float = say("share in every other state")
-    host: Watts = say("power of a server without its devices")
+    compute: float = say("share while computing", must=SHARE)
+    communication: float = say("share while waiting for a collective (NCCL spins)", must=SHARE)
+    bubble: float = say("share in a pipeline bubble", must=SHARE)
+    other: float = say("share in every other state", must=SHARE)
+    host: Watts = say("power of a server without its devices", must=NOT_NEGATIVE)
     pue: float = say("power usage effectiveness of the building")
     source: str = say("where the numbers come from")
 
@@ -207,7 +259,7 @@ class Price(Node):
     as_of: str = say("date of the prices")
     gpu_hours: dict[str, Offer] = say("price of an hour of each device")
     embodied: dict[str, float] = say("embodied carbon of each device with its share of the server [kgCO2e]")
-    lifetime: Seconds = say("service life over which embodied carbon is spread")
+    lifetime: Seconds = say("service life over which embodied carbon is spread", must=POSITIVE)
     source: str = say("where the numbers come from")
 
 
@@ -222,6 +274,14 @@ class Law(Node):
     alpha: float = say("exponent of parameters", 0.0)
     beta: float = say("exponent of tokens", 0.0)
     source: str = say("where the numbers come from")
+
+
+@dataclass(kw_only=True)
+class Fact(Node):
+    """What a publication reports of a run."""
+
+    value: str = say("the quantity with its unit; a bound starts with < or >")
+    source: str = say("where it was published")
 
 
 @dataclass(kw_only=True)
@@ -242,6 +302,7 @@ class Plan(Node):
     grid: Grid = say("carbon and water", Grid)
     price: Price = say("money", Price)
     law: Law = say("the scaling law", Law)
+    published: dict[str, Fact] = say("published values of the run's quantities; no part of the id", dict)
 
     @property
     def dp_shard(self) -> int:
@@ -277,6 +338,7 @@ class Plan(Node):
     def id(self) -> str:
         """Digest of every value, the profile's content included; it starts with a letter, so no tool reads a number."""
         values = dataclasses.asdict(self)
+        del values["published"]
         values["profile"] = digest(Path(self.profile)) if self.profile else None
         text = json.dumps(values, sort_keys=True)
         return "p" + hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
@@ -284,23 +346,3 @@ class Plan(Node):
 
 def digest(path: Path) -> str:
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-
-
-def groups() -> dict[str, type[Node]]:
-    """The groups of the plan by name."""
-    from conf.node import hints
-
-    return {n: t for n, t in hints(Plan).items() if isinstance(t, type) and issubclass(t, Node)}
-
-
-def keys(kind: type[Node] = Plan, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Every key of the plan with its type and meaning: the schema table behind help and messages."""
-    from conf.node import hints
-
-    table: dict[str, tuple[Any, str]] = {}
-    for name, annotation in hints(kind).items():
-        if isinstance(annotation, type) and issubclass(annotation, Node):
-            table |= keys(annotation, f"{prefix}{name}.")
-        else:
-            table[prefix + name] = (annotation, kind.__dataclass_fields__[name].metadata["means"])
-    return table

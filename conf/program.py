@@ -8,13 +8,14 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from conf.errors import Refused, nearest
-from conf.node import build, plain
-from conf.plan import Plan, groups, keys
+from conf.node import build, build_value, plain
+from conf.plan import Plan
 from conf.rules import problems as broken_rules
-from conf.units import show, unit_of
+from conf.schema import choices, defaults, groups, keys, rows
 
 HERE = Path(__file__).parent
 VERBS = {
@@ -84,8 +85,8 @@ def count(options: Mapping[str, str], name: str) -> int:
     return int(options[name])
 
 
-def load(overrides: Sequence[str]) -> Plan:
-    """The plan that the defaults and these overrides make.
+def load(overrides: Sequence[str], base: str = "") -> Plan:
+    """The plan that the defaults, or the plan in the file `base`, and these overrides make.
 
     Raises Refused with every problem at once.
     """
@@ -93,13 +94,33 @@ def load(overrides: Sequence[str]) -> Plan:
     found = _unknown_options(overrides)
     if found:
         raise Refused(*found)
-    values = _compose(overrides)
+    values = _overlay(Path(base), overrides) if base else _compose(overrides)
     plan = build(Plan, values, "", found)
     found += [] if plan is None else broken_rules(plan)
     if found:
         raise Refused(*found)
     assert isinstance(plan, Plan)
     return plan
+
+
+def vary(plan: Plan, changes: Mapping[str, str]) -> Plan:
+    """The plan with other values of its keys, each given as on the command line; much faster than composing again.
+
+    Raises Refused with every problem at once. Groups and tables (price.gpu_hours) are for `load`.
+    """
+    table, found, values = keys(), list[str](), dict[str, Any]()
+    for name, text in changes.items():
+        if name not in table:
+            found.append(f"{name} is no key of the plan; {nearest(name, table)}")
+            continue
+        value = {"null": None, "true": True, "false": False}.get(text, text)
+        values[name] = build_value(table[name][0], value, name, found)
+    if found:
+        raise Refused(*found)
+    varied = plan.but(**values)
+    if found := broken_rules(varied):
+        raise Refused(*found)
+    return varied
 
 
 def to_yaml(plan: Plan) -> str:
@@ -136,17 +157,30 @@ def _no_sweep(overrides: Sequence[str]) -> None:
         raise Refused(f"{bare[0]} is neither an option nor group=option nor key=value; see --help")
 
 
-def choices(group: str) -> list[str]:
-    """The options of a group: the files in its folder."""
-    return sorted(path.stem for path in (HERE / group).glob("*.yaml"))
-
-
 def _unknown_options(overrides: Sequence[str]) -> list[str]:
     found = []
     for name, _, value in (arg.lstrip("+").partition("=") for arg in overrides):
         if name in (*groups(), "experiment") and value not in choices(name):
             found.append(f"{name}={value} is no {name}; {nearest(value, choices(name))}")
     return found
+
+
+def _overlay(path: Path, overrides: Sequence[str]) -> Any:
+    """A plan file's values with a group replaced by another option, or a key by another value."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    values = OmegaConf.create(plain(from_yaml(path)))
+    for arg in overrides:
+        name, _, text = arg.lstrip("+").partition("=")
+        if name == "experiment":
+            raise Refused(f"experiment={text} is a plan of its own; leave out plan={path}, or choose single groups")
+        value = OmegaConf.load(HERE / name / f"{text}.yaml") if name in groups() else OmegaConf.create(f"value: {text}").value
+        try:
+            OmegaConf.update(values, name, value, merge=False)
+        except OmegaConfBaseException as error:
+            raise Refused(f"{arg}: {' '.join(str(error).split())}") from error
+    return OmegaConf.to_container(values)
 
 
 def _compose(overrides: Sequence[str]) -> Any:
@@ -194,21 +228,25 @@ def explain(verb: str, usage: str, options: Options, about: str = "") -> str:
     lines += ["", f"groups (foretold {verb} --help GROUP shows its keys)"]
     lines += [f"  {name:12} {', '.join(choices(name))}" for name in (*groups(), "experiment") if choices(name)]
     lines += ["", "keys of the plan itself"]
-    lines += [f"  {key:12} {means}" for key, (_, means) in keys().items() if "." not in key]
+    lines += [f"  {key:12} {row[1]}" for key, row in keys().items() if "." not in key]
     return "\n".join(lines)
 
 
-def _explain_group(group: str) -> str:
+def _explain_group(asked: str) -> str:
+    """Keys of a group, as one of its options fills them: value, meaning, source."""
+    group, _, option = asked.partition("=")
     if group not in groups():
         raise Refused(f"{group} is no group; {nearest(group, groups())}")
-    plan = load([])
-    lines = [f"{group}: {', '.join(choices(group))}", ""]
-    for key, (annotation, means) in keys().items():
-        if key.startswith(group + "."):
-            value: Any = plan
-            for part in key.split("."):
-                value = getattr(value, part)
-            unit = unit_of(annotation)
-            shown = show(value, unit) if unit and isinstance(value, float) else str(value)
-            lines.append(f"  {key:28} {shown[:34]:36} {means}")
+    option = option or defaults()[group]
+    if option not in choices(group):
+        raise Refused(f"{group}={option} is no {group}; {nearest(option, choices(group))}")
+    lines = [f"{group}: {', '.join(choices(group))}", "", f"{group}={option}"]
+    for row in rows(group, option):
+        lines.append(f"  {row.name:28} {shorten(str(row.default), 34):36} {row.means}{_limits(row.must)}")
+        if row.source and not row.name.endswith(".source"):
+            lines.append(f"{'':68}↳ {shorten(row.source, 140)}")
     return "\n".join(lines)
+
+
+def _limits(must: object) -> str:
+    return f" [{must}]" if isinstance(must, str) else ""

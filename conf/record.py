@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from conf.errors import Refused
 from conf.files import commit, refusal, write
+from conf.units import read as read_quantity
 
 # The states a rank can be in, exclusive: their sum is ranks × wall clock, in both worlds.
 STATES = ("init", "compute", "communication", "bubble", "data", "optimizer", "evaluate", "checkpoint", "detect", "abort",
@@ -48,8 +49,10 @@ QUANTITIES: dict[str, tuple[str, str]] = {
     "interruptions": ("count", "times the job stopped and came back"),
     "interruptions_unexpected": ("count", "of these, not planned"),
     "tokens": ("token", "tokens trained on"),
+    "flops": ("FLOP", "model FLOPs of the tokens trained on, as MFU counts them"),
     "gpu_hours": ("h", "device-hours held, spares included"),
     "energy": ("J", "energy at the building's meter"),
+    "energy_devices": ("J", "of this, the job's devices alone, before the building's overhead"),
     "carbon_location": ("gCO2e", "operational carbon of the grid's hourly mix"),
     "carbon_market": ("gCO2e", "operational carbon after contracts"),
     "carbon_embodied": ("gCO2e", "share of the carbon of making the devices"),
@@ -73,6 +76,19 @@ class Value(NamedTuple):
     value: float
     low: float | None = None
     high: float | None = None
+
+
+def read_fact(text: str, unit: str) -> tuple[str, float]:
+    """A published value: its relation (=, < or >) and the number in `unit`; plain numbers are counts and shares.
+
+    Raises ValueError with a line that a user can act on.
+
+    >>> read_fact("> 0.9", "1"), read_fact("1.08e6 h", "h")
+    (('>', 0.9), ('=', 1080000.0))
+    """
+    relation, rest = (text[0], text[1:]) if text[:1] in ("<", ">") else ("=", text)
+    plain = unit in ("1", "count", "nat", "bit/B")
+    return relation, float(rest) if plain else read_quantity(rest, unit)
 
 
 class Record:

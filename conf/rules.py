@@ -6,30 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import nearest
+from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, leaves
 from conf.plan import Plan
-
-POSITIVE = (
-    *(f"cluster.{k}" for k in ("nodes", "gpus_per_node", "cores_per_node", "storage_write", "storage_read")),
-    *(f"model.{k}" for k in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")),
-    *(f"gpu.{k}" for k in ("fp32_peak", "memory", "memory_bandwidth", "gemm_efficiency", "memory_efficiency", "link_bandwidth")),
-    *(f"mesh.{k}" for k in ("dp_replicate", "cp", "tp", "pp", "vpp")),
-    *(f"train.{k}" for k in ("seq_len", "global_batch", "micro_batch", "learning_rate", "clip", "epsilon")),
-    *("tokenizer.vocab", "tokenizer.sample", "tokenizer.bytes_per_token", "data.limit", "checkpoint.keep", "price.lifetime"),
-    *("data.extract_rate", "data.dedup_rate", "tokenizer.train_rate", "tokenizer.encode_rate", "data.document_bytes"),
-)
-NOT_NEGATIVE = (
-    *("cluster.spares", "gpu.launch", "gpu.link_latency", "cluster.nic_latency", "gpu.idle_power", "power.host"),
-    *(f"failures.{k}" for k in ("detect", "diagnose", "reallocate", "init", "repair")),
-    *("train.warmup", "train.evaluate_every", "train.evaluate_sequences", "checkpoint.every", "train.weight_decay"),
-)
-CHOICES = {
-    "gpu.kind": ("cpu", "cuda"),
-    "train.precision": ("fp32", "bf16"),
-    "train.schedule": ("cosine", "wsd", "constant"),
-    "train.recompute": ("none", "full"),
-}
-SHARES = ("data.held_out", "data.duplicates", "train.decay", "train.final_rate", "train.beta1", "train.beta2", "gpu.overlap",
-          "power.compute", "power.communication", "power.bubble", "power.other")  # fmt: skip
+from conf.record import QUANTITIES, read_fact
 
 
 def get(plan: Any, key: str) -> Any:
@@ -40,22 +19,22 @@ def get(plan: Any, key: str) -> Any:
 
 def problems(plan: Plan) -> list[str]:
     """Every rule that the plan breaks, one line each: key and value, rule, cure."""
-    return [*_values(plan), *_shapes(plan), *_mesh(plan), *_training(plan), *_world(plan)]
+    return [*_values(plan), *_shapes(plan), *_experts(plan), *_mesh(plan), *_training(plan), *_world(plan), *_facts(plan)]
 
 
 def _values(plan: Plan) -> Iterator[str]:
-    for key in POSITIVE:
-        if not get(plan, key) > 0:
-            yield f"{key}={get(plan, key)} must be above 0"
-    for key in NOT_NEGATIVE:
-        if not get(plan, key) >= 0:
-            yield f"{key}={get(plan, key)} must not be negative"
-    for key, allowed in CHOICES.items():
-        if get(plan, key) not in allowed:
-            yield f"{key}={get(plan, key)} is not known; {nearest(get(plan, key), allowed)}"
-    for key in SHARES:
-        if not 0 <= get(plan, key) <= 1:
-            yield f"{key}={get(plan, key)} is a share; it must lie between 0 and 1"
+    for key, value, field in leaves(plan):
+        must = field.metadata["must"]
+        if value is None or must is None:
+            continue
+        if must == POSITIVE and not value > 0:
+            yield f"{key}={value} must be above 0"
+        if must == NOT_NEGATIVE and not value >= 0:
+            yield f"{key}={value} must not be negative"
+        if must == SHARE and not 0 <= value <= 1:
+            yield f"{key}={value} is a share; it must lie between 0 and 1"
+        if isinstance(must, tuple) and value not in must:
+            yield f"{key}={value} is not known; {nearest(value, must)}"
 
 
 def _divides(part: int, whole: int) -> bool:
@@ -65,7 +44,7 @@ def _divides(part: int, whole: int) -> bool:
 def _shapes(plan: Plan) -> Iterator[str]:
     model, tp, pp, cp = plan.model, plan.mesh.tp, plan.mesh.pp, plan.mesh.cp
     rules = (
-        ("model.heads", model.heads, "model.hidden", model.hidden),
+        *([] if model.head else [("model.heads", model.heads, "model.hidden", model.hidden)]),
         ("model.kv_heads", model.kv_heads, "model.heads", model.heads),
         ("mesh.tp", tp, "model.heads", model.heads),
         ("mesh.tp", tp, "model.kv_heads", model.kv_heads),
@@ -75,17 +54,32 @@ def _shapes(plan: Plan) -> Iterator[str]:
     for part_key, part, whole_key, whole in rules:
         if part > 0 and not _divides(part, whole):
             yield f"{part_key}={part} must divide {whole_key}={whole}; {_near_divisors(part, whole, part_key)}"
-    if pp > 0 and model.layers % pp and (model.layers + 2) % pp:
-        rule = f"model.layers={model.layers}, or {model.layers + 2} with embedding and head counted as layers"
-        yield f"mesh.pp={pp} must divide {rule}; {_near_divisors(pp, model.layers, 'mesh.pp')}"
     stages = pp * plan.mesh.vpp
+    if stages > model.layers + 2:
+        yield f"mesh.pp={pp} × mesh.vpp={plan.mesh.vpp} = {stages} stages, but the model has {model.layers} layers; lower mesh.pp or mesh.vpp"
     if plan.mesh.vpp > 1 and (pp == 1 or (model.layers % stages and (model.layers + 2) % stages)):
         yield f"mesh.vpp={plan.mesh.vpp} × mesh.pp={pp} = {stages} must divide the layers, and pp be above 1; set mesh.vpp=1"
-    if _divides(model.heads, model.hidden) and model.head_dim % 2:
+    if model.positions == "learned" and (model.context or 0) < plan.train.seq_len:
+        yield f"train.seq_len={plan.train.seq_len} exceeds the learned positions, model.context={model.context}; lower train.seq_len"
+    if model.heads > 0 and model.positions == "rope" and not model.mla.kv_rank and model.head_dim % 2:
         odd = f"model.hidden={model.hidden} / model.heads={model.heads} gives an odd head of {model.head_dim}"
         yield f"{odd}; rotary embedding needs an even one; change model.heads"
     if model.vocab < plan.tokenizer.vocab:
         yield f"model.vocab={model.vocab} is smaller than tokenizer.vocab={plan.tokenizer.vocab}; set model.vocab={plan.tokenizer.vocab}"
+
+
+def _experts(plan: Plan) -> Iterator[str]:
+    moe, ep = plan.model.moe, plan.mesh.ep
+    if not moe.experts:
+        if ep > 1:
+            yield f"mesh.ep={ep} spreads experts, but {plan.model.name} has none; set mesh.ep=1"
+        return
+    if not 0 < moe.top_k <= moe.experts or moe.ffn < 1:
+        yield f"model.moe.experts={moe.experts} needs model.moe.top_k={moe.top_k} between 1 and it, and model.moe.ffn={moe.ffn} above 0"
+    group = plan.dp_shard * plan.mesh.cp * plan.mesh.tp
+    for name, whole in (("model.moe.experts", moe.experts), ("mesh dp_shard × cp × tp", group)):
+        if ep > 0 and whole % ep:
+            yield f"mesh.ep={ep} must divide {name}={whole}; {_near_divisors(ep, whole, 'mesh.ep')}"
 
 
 def _near_divisors(part: int, whole: int, key: str) -> str:
@@ -103,8 +97,9 @@ def _mesh(plan: Plan) -> Iterator[str]:
     elif min(sizes.values()) > 0 and plan.ranks != plan.cluster.ranks:
         have = f"cluster.nodes={plan.cluster.nodes} × cluster.gpus_per_node={plan.cluster.gpus_per_node}"
         yield f"mesh {product} = {plan.ranks} ranks, but {have} = {plan.cluster.ranks}; set mesh.dp_shard=-1 to fill, or change an axis"
-    if mesh.tp > plan.cluster.gpus_per_node:
-        yield f"mesh.tp={mesh.tp} crosses servers; it must not exceed cluster.gpus_per_node={plan.cluster.gpus_per_node}"
+    if mesh.tp > plan.cluster.domain_ranks:
+        limit = "cluster.domain" if plan.cluster.domain else "cluster.gpus_per_node"
+        yield f"mesh.tp={mesh.tp} crosses servers; it must not exceed {limit}={plan.cluster.domain_ranks}"
     share = plan.dp * plan.train.micro_batch
     if share > 0 and plan.train.global_batch % share:
         rule = f"data-parallel ranks {plan.dp} × train.micro_batch={plan.train.micro_batch} = {share}"
@@ -122,8 +117,9 @@ def _training(plan: Plan) -> Iterator[str]:
         yield f"train.schedule={train.schedule} needs to know the last step; set train.steps, or train.schedule=constant"
     if train.steps is not None and train.warmup > train.steps:
         yield f"train.warmup={train.warmup} is longer than train.steps={train.steps}; set train.warmup={train.steps // 10}"
-    if train.precision == "bf16" and plan.gpu.bf16_peak is None:
-        yield f"train.precision=bf16: {plan.gpu.name} has no bf16 rate; set train.precision=fp32"
+    if plan.gpu.peak(train.precision) is None:
+        has = ", ".join(name for name in ("fp32", "bf16", "fp16", "fp8") if plan.gpu.peak(name))
+        yield f"train.precision={train.precision}: {plan.gpu.name} has no {train.precision} rate; it has {has}; set train.precision=fp32"
     if plan.data.path is None and plan.data.tokens is None:
         yield "data.path and data.tokens are both null; name a corpus with data.path=…, or say how many tokens exist with data.tokens=…"
     if plan.data.path is not None and plan.data.tokens is not None:
@@ -131,11 +127,6 @@ def _training(plan: Plan) -> Iterator[str]:
 
 
 def _world(plan: Plan) -> Iterator[str]:
-    for name, cause in plan.failures.causes.items():
-        if cause.per not in ("job", "node", "gpu"):
-            yield f"failures.causes.{name}.per={cause.per} is not known; it is one of job, node, gpu"
-        if not cause.rate >= 0:
-            yield f"failures.causes.{name}.rate={cause.rate} must not be negative"
     if plan.gpu.name not in plan.price.gpu_hours:
         cure = f"add price.gpu_hours.{plan.gpu.name}, or {nearest(plan.gpu.name, plan.price.gpu_hours)}"
         yield f"price.gpu_hours has no price for {plan.gpu.name}; {cure}"
@@ -153,3 +144,15 @@ def _world(plan: Plan) -> Iterator[str]:
             yield f"{key}={get(plan, key)} is not a date; write for example {key}=2026-01-31"
     if plan.profile is not None and not Path(plan.profile).is_file():
         yield f"profile={plan.profile} is no file; make one with: foretold real only=kernels,network && foretold analysis calibrate"
+
+
+def _facts(plan: Plan) -> Iterator[str]:
+    for name, fact in plan.published.items():
+        quantity = QUANTITIES.get(name.split(".")[-1])
+        if quantity is None:
+            yield f"published.{name} is no quantity of the record; {nearest(name.split('.')[-1], QUANTITIES)}"
+            continue
+        try:
+            read_fact(fact.value, quantity[0])
+        except ValueError as error:
+            yield f"published.{name}: {error}"

@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ foretold real [options] [group=option] [key=value]   execute a plan
   foretold real only=extract,dedup,tokens        some stages
   foretold real only=kernels,network             time this machine's operations, for `foretold analysis calibrate`
   torchrun --nproc-per-node 2 -m real            ranks started by torchrun
+  foretold real slurm=submit cluster.nodes=2     as a job under Slurm; slurm=script writes its script and stops
 
 A run that was cut goes on where it stopped when the same command is given again.
 """
 OPTIONS = {
     "only": ("all", f"stages to run, with commas: {', '.join(STAGES)}; or kernels, network to time this machine"),
+    "plan": ("", "file of a plan that another command wrote; overrides still apply"),
+    "slurm": ("no", "no = here; script = write runs/<id>/slurm.sh, to read and edit; submit = hand it to Slurm too"),
     "fresh": ("false", "delete this plan's earlier run first"),
     "runs": ("runs", "folder of the records"),
     "json": ("false", "print summary.json and nothing else"),
@@ -41,12 +44,28 @@ def main(args: list[str]) -> int:
         about = args[-1] if args[-1] not in ("--help", "-h") else ""
         print(explain("real", USAGE, OPTIONS, about))
         return 0
+    if "RANK" not in os.environ:
+        return _main(args)
+    from real.cluster import together
+
+    return together(lambda: _main(args))
+
+
+def _main(args: list[str]) -> int:
     options, overrides = split(args, OPTIONS)
-    quiet, only = flag(options, "json"), _parts(options["only"])
-    plan = load(overrides)
+    quiet, fresh, only = flag(options, "json"), flag(options, "fresh"), _parts(options["only"])
+    plan = load(overrides, options["plan"])
     measure = bool(set(only) & set(MEASURES))
-    folder = Path(options["runs"]).resolve() / plan.id / ("measure" if measure else "real")
-    if flag(options, "fresh"):
+    home = Path(options["runs"]).resolve() / plan.id
+    folder = home / ("measure" if measure else "real")
+    if options["slurm"] != "no":
+        return _slurm(plan, home, options)
+    _check(plan, only)
+    if not _leads():
+        from real.cluster import follow
+
+        return follow(plan)
+    if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     with _quiet(quiet):
         try:
@@ -55,8 +74,7 @@ def main(args: list[str]) -> int:
             words = " ".join(["foretold real", *overrides])
             print(f"\nstopped; the record so far is in {folder}; go on with: {words}", file=sys.stderr)
             return 130
-        if told:
-            _result(plan, told, folder, overrides)
+        _result(plan, told, folder, overrides)
     if quiet:
         print((folder / "summary.json").read_text())
     return 0
@@ -89,25 +107,41 @@ def _quiet(quiet: bool) -> Iterator[None]:
         os.close(kept)
 
 
-def _run(plan: Plan, folder: Path, only: Sequence[str]) -> dict[str, Any]:
-    """The stages on their ranks; under torchrun the first rank alone works on the data, the others meet it at training."""
-    needs_ranks = bool(set(only) - set(DATA))
-    if needs_ranks:
+def _leads() -> bool:
+    """Whether this process holds the record: it is alone, or torchrun's first rank."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _check(plan: Plan, only: Sequence[str]) -> None:
+    if set(only) - set(DATA):
         from real import cluster
         from real.parallel import refuse_unbuilt
 
         refuse_unbuilt(plan)
         cluster.check(plan)
+
+
+def _slurm(plan: Plan, home: Path, options: Mapping[str, str]) -> int:
+    """Hand the run to Slurm; what it is to do is checked here, what it runs on is not here."""
+    from real import slurm
+    from real.parallel import refuse_unbuilt
+
+    refuse_unbuilt(plan)
+    slurm.main(plan, home, options)
+    return 0
+
+
+def _run(plan: Plan, folder: Path, only: Sequence[str]) -> dict[str, Any]:
+    """The stages, in the order of a life."""
     _announce(plan, folder)
-    first = int(os.environ.get("RANK", "0")) == 0
     life = Life(plan, folder, _say)
-    if first and set(only) & set(DATA):
+    if set(only) & set(DATA):
         life.data([name for name in DATA if name in only])
     if set(only) & set(MEASURES):
         life.measure([name for name in MEASURES if name in only])
     if "pretrain" in only:
         life.pretrain()
-    return life.close() if first else {}
+    return life.close()
 
 
 def _say(text: str) -> None:
@@ -120,8 +154,6 @@ def _say(text: str) -> None:
 
 def _announce(plan: Plan, folder: Path) -> None:
     """Every derived number before the first second is spent."""
-    if int(os.environ.get("RANK", "0")):
-        return
     axes = " × ".join(f"{name} {size}" for name, size in plan.axes.items() if size > 1) or "one rank"
     steps = f"{plan.train.steps:,} steps" if plan.train.steps else f"for {show(plan.train.stop_after, 's')}"
     batch = f"{plan.train.global_batch} sequences × {plan.train.seq_len} = {plan.tokens_per_step:,} tokens"

@@ -23,10 +23,39 @@ scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def refuse_unbuilt(plan: Plan) -> None:
-    """Axes that `sim` predicts and this trainer does not execute yet."""
-    asked = [f"mesh.{axis}={size}" for axis, size in plan.axes.items() if axis not in AXES and size > 1]
-    if asked:
-        raise Refused(f"{', '.join(asked)}: real executes {' and '.join(AXES)}; sim predicts the others; set them to 1")
+    """What `sim` predicts and this trainer does not execute yet, one line each.
+
+    Raises Refused.
+    """
+    axes = plan.axes | {"ep": plan.mesh.ep}
+    asked = [f"mesh.{axis}={size}" for axis, size in axes.items() if axis not in AXES and size > 1]
+    found = [f"{', '.join(asked)}: real executes {' and '.join(AXES)}; sim predicts the others; set them to 1"] if asked else []
+    found += [f"{what}: real cannot execute it yet, sim predicts it; {cure}" for what, cure in _unbuilt(plan)]
+    if found:
+        raise Refused(*found)
+
+
+def _unbuilt(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Each value that this trainer does not execute, and the one that it does."""
+    model, precision = plan.model, plan.train.precision
+    if plan.gpu.kind == "tpu":
+        yield "gpu.kind=tpu", "choose a gpu of kind cpu or cuda, for example gpu=cpu_core"
+    if precision in ("fp16", "fp8"):
+        yield f"train.precision={precision}", "set train.precision=" + ("bf16" if plan.gpu.bf16_peak else "fp32")
+    if model.moe.experts:
+        yield f"model.moe.experts={model.moe.experts}", "set model.moe.experts=0 for a dense model"
+    if model.mla.kv_rank:
+        yield f"model.mla.kv_rank={model.mla.kv_rank}", "set model.mla.kv_rank=0 for ordinary attention"
+    if not model.gated:
+        yield "model.gated=false", "set model.gated=true"
+    if model.positions != "rope":
+        yield f"model.positions={model.positions}", "set model.positions=rope"
+    if model.layer_norm:
+        yield "model.layer_norm=true", "set model.layer_norm=false"
+    if model.qk_norm:
+        yield "model.qk_norm=true", "set model.qk_norm=false"
+    if model.head is not None and model.head * model.heads != model.hidden:
+        yield f"model.head={model.head} × model.heads={model.heads} is not model.hidden={model.hidden}", "set model.head=null"
 
 
 def device_mesh(plan: Plan) -> DeviceMesh | None:

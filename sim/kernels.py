@@ -25,6 +25,9 @@ TRAFFIC = {
     "norm.forward": (1, 2), "norm.backward": (2, 5),
     "rotary.forward": (6, 11), "rotary.backward": (6, 11),
     "swiglu.forward": (2, 5), "swiglu.backward": (4, 9),
+    "gelu.forward": (1, 2), "gelu.backward": (1, 3),
+    "scores.forward": (3, 6), "scores.backward": (3, 8),
+    "permute.forward": (4, 4), "permute.backward": (4, 4),
     "add.forward": (1, 3), "add.backward": (0, 0),
     "loss.forward": (2, 4), "loss.backward": (2, 4),
     "embedding.forward": (1, 2), "embedding.backward": (2, 3),
@@ -75,10 +78,11 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         return found[name].value if name in found else default
 
     gpu = plan.gpu
-    peak = (gpu.bf16_peak if plan.train.precision == "bf16" else gpu.fp32_peak) or gpu.fp32_peak
-    matmul = peak * gpu.gemm_efficiency
+    precision = plan.train.precision
+    matmul = (gpu.peak(precision) or gpu.fp32_peak) * gpu.gemm_efficiency
+    wide = (gpu.peak("bf16" if precision == "fp8" else precision) or gpu.fp32_peak) * gpu.gemm_efficiency  # attention stays in bf16
     memory = gpu.memory_bandwidth * gpu.memory_efficiency
-    default = {"matmul": matmul, "attention": matmul * gpu.attention_efficiency}
+    default = {"matmul": matmul, "attention": wide * gpu.attention_efficiency}
     return Rates(
         rate={k: pick(f"{k}.rate", default.get(k.split(".")[0], np.inf)) for k in KINDS},
         bandwidth={k: pick(f"{k}.bandwidth", memory) for k in KINDS},
@@ -140,13 +144,17 @@ class Work:
     kind: str  # kind.stage
     flops: Any
     bytes: Any
-    launches: float
+    launches: Any
+
+    def __mul__(self, times: Any) -> "Work":
+        return Work(self.kind, self.flops * times, self.bytes * times, self.launches * times)
 
 
-def matmul(m: Any, n: Any, k: Any, size: Any, stage: str) -> Work:
-    """[m, k] × [k, n]; backward is the two products for the input's and the weight's gradient."""
+def matmul(m: Any, n: Any, k: Any, size: Any, stage: str, matrices: Any = 1) -> Work:
+    """[m, k] × [k, n], with the rows of m spread over so many matrices in one grouped product; backward is the two products
+    for the input's and the weight's gradient."""
     products = 1 if stage == "forward" else 2
-    return Work(f"matmul.{stage}", products * 2 * m * n * k, products * (m * k + n * k + m * n) * size, products)
+    return Work(f"matmul.{stage}", products * 2 * m * n * k, products * (m * k + matrices * n * k + m * n) * size, products)
 
 
 def attention(tokens: Any, seq: Any, width: Any, size: Any, stage: str) -> Work:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from conf.arithmetic import block_parameters, embedding_parameters, parameters
+from conf.arithmetic import embedding_parameters, expert_layers, layers_parameters, parameters, query_width, routed_parameters, value_width
 from sim.kernels import Array
 
 
@@ -26,15 +26,20 @@ class Memory:
         return self.state + self.gathered + self.activations + self.logits
 
 
+def held(p: Any) -> Array:
+    """Parameters of one tensor-, expert- and pipeline-parallel rank: what it would hold without sharding."""
+    routed = routed_parameters(p)
+    return np.asarray(((parameters(p) - routed) / p.tp + routed / p.ep) / p.pp)
+
+
 def memory(p: Any) -> Memory:
     """Memory of the first pipeline stage of each plan; `p` holds the plans' values as arrays (see sim.parallel)."""
-    share = np.where(p.pp > 1, p.tp * p.pp, p.tp)
-    held = parameters(p) / share
     shards = p.dp_shard * p.cp
-    state = 4 * held * 4 / shards  # fp32 weights, gradients and two moments
-    unsharded = np.where(p.pp > 1, block_parameters(p) * p.layers / share, 2 * block_parameters(p) / p.tp)
+    state = 16 * parameters(p) / (p.pp * p.tp * shards)  # fp32 weights, gradients and two moments
+    block = layers_parameters(p) / p.tp + routed_parameters(p) / p.ep
+    unsharded = np.where(p.pp > 1, block / p.pp, 2 * block / p.layers)
     gathered = np.where(shards > 1, (unsharded + embedding_parameters(p) / p.tp) * p.size, 0.0)
-    late = np.where((shards > 1) & (p.accumulation > 1), held * 4, 0.0)  # gradients reduced with the last micro-batch
+    late = np.where((shards > 1) & (p.accumulation > 1), held(p) * 4, 0.0)  # gradients reduced with the last micro-batch
     tokens = p.micro_batch * p.seq_len / p.cp
     in_flight = np.minimum(p.pp, p.accumulation)
     per_block = tokens * np.where(p.recompute, p.hidden / p.tp, kept(p)) * p.size
@@ -44,10 +49,15 @@ def memory(p: Any) -> Memory:
 
 
 def kept(p: Any) -> Array:
-    """Elements a token that autograd keeps in one block, on one tensor-parallel rank.
+    """Elements a token that autograd keeps in one block, on one tensor-parallel rank; the mean of dense and mixed blocks.
 
-    Inputs of the two norms and their outputs 4 h, queries, keys and values after rotation h (1 + 2 kv/heads), attention's
-    output h, and gate, up, silu(gate) and their product 4 f.
+    Inputs of the two norms and their outputs 4 h, queries, keys and values after rotation, attention's output, and gate,
+    up, silu(gate) and their product 4 f (without a gate: up and gelu(up), 2 f) for every feed-forward that a token visits,
+    with the copies of it that are sent to experts.
     """
-    attention = p.hidden * (4 + 1 + 2 * p.kv_heads / p.heads + 1)
-    return np.asarray((attention + 4 * p.ffn) / p.tp)
+    mixed, factor = expert_layers(p) / p.layers, 2 + 2 * p.gated
+    keys = np.where(p.mla.kv_rank > 0, query_width(p) + value_width(p), 2 * p.kv_heads * p.head_dim)
+    attention = 4 * p.hidden + query_width(p) + keys + value_width(p) + p.mla.kv_rank + p.mla.q_rank
+    experts = (p.moe.top_k + p.moe.shared) * p.moe.ffn * factor + 2 * p.moe.top_k * p.hidden
+    scores = (1 - p.fused_attention) * 2.5 * p.heads * p.seq_len  # 5 a s of Korthikanti et al. 2022, table 2, in elements of 2 bytes
+    return np.asarray((attention + scores + (1 - mixed) * factor * p.ffn + mixed * experts) / p.tp)

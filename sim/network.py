@@ -1,6 +1,12 @@
 """Time of a collective: a ring of n ranks passes n − 1 times a share of the bytes over the slowest link it crosses.
 
-seconds = (n − 1) latency + bytes (n − 1)/n / bandwidth       all-reduce: twice that (Thakur et al. 2005)
+seconds = hops latency + bytes (n − 1)/n / bandwidth       all-reduce: twice that (Thakur et al. 2005)
+
+Links are a tree: devices in a domain (NVLink), domains in a pod of the fabric, pods over an oversubscribed spine. Ranks
+are placed in order, so a group's neighbours are `stride` ranks apart, and as many groups of that kind leave a domain of g
+devices side by side as there are ranks within a stride, at most g. They share the g NICs (NCCL runs one ring a NIC):
+
+bandwidth of a group out of a domain = NIC × g / min(stride, g)
 """
 
 from collections.abc import Sequence
@@ -19,30 +25,55 @@ class Network:
     def __init__(self, plans: Sequence[Plan], device: Device) -> None:
         self.device = device
         self.degree = {axis: np.array([float(p.axes[axis]) for p in plans]) for axis in AXES}
-        self.per_node = np.array([float(p.cluster.gpus_per_node) for p in plans])
+        self.domain = np.array([float(p.cluster.domain_ranks) for p in plans])
+        self.pod = np.array([float(p.cluster.pod_ranks) for p in plans])
+        self.oversubscription = np.array([p.cluster.oversubscription for p in plans])
         self.nic = np.array([p.cluster.nic_bandwidth / 8 for p in plans])
         self.nic_latency = np.array([p.cluster.nic_latency for p in plans])
+        self.node_limit = np.array([float(p.model.moe.node_limit or np.inf) for p in plans])
 
-    def reach(self, axis: str) -> Array:
-        """Ranks from the first to the last of a group of this axis, those between included."""
-        span = np.ones_like(self.per_node)
-        for name in AXES[: AXES.index(axis) + 1]:
+    def stride(self, axis: str) -> Array:
+        """Ranks from one member of a group of this axis to the next."""
+        span = np.ones_like(self.domain)
+        for name in AXES[: AXES.index(axis)]:
             span = span * self.degree[name]
         return span
 
-    def collective(self, kind: str, axis: str, size: Array) -> Array:
-        """Seconds of a collective over an axis; `size` is the whole tensor's bytes."""
+    def bandwidth(self, kind: str, stride: Array, reach: Array) -> Array:
+        """Bytes a second of one group whose members lie `stride` apart and that spans `reach` ranks."""
+        inside = self.device[f"link.{kind}"]
+        out = np.minimum(inside, self.nic * self.domain / np.minimum(stride, self.domain))
+        far = self.nic * self.pod / self.oversubscription / np.minimum(stride, self.pod)
+        return np.where(reach <= self.domain, inside, np.where(reach <= self.pod, out, np.minimum(out, far)))
+
+    def latency(self, kind: str, reach: Array) -> Array:
+        return np.where(reach > self.domain, self.nic_latency, self.device[f"latency.{kind}"])
+
+    def ring(self, kind: str, n: Array, stride: Array, size: Array) -> Array:
+        """Seconds of a collective of n ranks; `size` is the whole tensor's bytes. Large groups use trees: 2 log2 n hops."""
         assert kind in COLLECTIVES, kind
-        n = self.degree[axis]
-        crosses = self.reach(axis) > self.per_node
-        bandwidth = np.where(crosses, self.nic, self.device[f"link.{kind}"])
-        latency = np.where(crosses, self.nic_latency, self.device[f"latency.{kind}"])
+        hops = np.minimum(n - 1, 2 * np.ceil(np.log2(np.maximum(n, 1))))
         times = 2.0 if kind == "all_reduce" else 1.0
-        return np.where(n > 1, times * ((n - 1) * latency + size * (n - 1) / n / bandwidth), 0.0)
+        spent = hops * self.latency(kind, n * stride) + size * (n - 1) / np.maximum(n, 1) / self.bandwidth(kind, stride, n * stride)
+        return np.where(n > 1, times * spent, 0.0)
+
+    def collective(self, kind: str, axis: str, size: Array) -> Array:
+        """Seconds of a collective over an axis."""
+        return self.ring(kind, self.degree[axis], self.stride(axis), size)
 
     def send(self, axis: str, size: Array) -> Array:
         """Seconds of one message to the neighbour in an axis."""
-        crosses = self.reach(axis) > self.per_node
-        bandwidth = np.where(crosses, self.nic, self.device["link.all_gather"])
-        latency = np.where(crosses, self.nic_latency, self.device["latency.all_gather"])
-        return np.where(self.degree[axis] > 1, latency + size / bandwidth, 0.0)
+        stride = self.stride(axis)
+        spent = self.latency("all_gather", 2 * stride) + size / self.bandwidth("all_gather", stride, 2 * stride)
+        return np.where(self.degree[axis] > 1, spent, 0.0)
+
+    def all_to_all(self, n: Array, copies: Array, size: Array) -> Array:
+        """Seconds in which every one of n neighbouring ranks sends its tokens, `size` bytes, to `copies` of the others' experts.
+
+        A token crosses the fabric once for every server that holds one of its experts, of which a node-limited router
+        allows only some, and fans out there (DeepSeek-V3, arXiv 2412.19437, section 3.2.2).
+        """
+        domains = np.maximum(1.0, n / self.domain)
+        near = copies * (1 - 1 / np.maximum(1.0, np.minimum(n, self.domain))) * size / self.device["link.all_gather"]
+        far = np.minimum(np.minimum(copies, self.node_limit), domains) * (1 - 1 / domains) * size / self.nic
+        return np.where(n > 1, self.latency("all_gather", n) + np.maximum(near, far), 0.0)

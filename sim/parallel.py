@@ -6,18 +6,29 @@
 Arrays of plans in, arrays out; one plan is an array of length 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from statistics import NormalDist
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from conf.arithmetic import block_parameters, embedding_parameters, flops_per_token, parameters
+from conf.arithmetic import (
+    attention_matrices,
+    embedding_parameters,
+    expert_layers,
+    flops_per_token,
+    layers_parameters,
+    parameters,
+    query_width,
+    routed_parameters,
+    value_width,
+)
 from conf.plan import Plan
 from sim.kernels import Array, Device, Work, attention, matmul, moved, rates
-from sim.memory import memory
+from sim.memory import held, memory
 from sim.network import Network
 
 
@@ -39,20 +50,25 @@ class Steps:
 def columns(plans: Sequence[Plan]) -> Any:
     """The numbers of the plans that the model needs, as arrays under the plan's names."""
 
-    def gather(pick: Any) -> Array:
+    def gather(pick: Callable[[Plan], Any]) -> Array:
         return np.array([float(pick(plan)) for plan in plans])
 
-    model = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "tied")
-    train = ("seq_len", "global_batch", "micro_batch", "evaluate_sequences")
-    values = {name: gather(lambda p, n=name: getattr(p.model, n)) for name in model}
-    values |= {name: gather(lambda p, n=name: getattr(p.train, n)) for name in train}
-    values["vpp"] = gather(lambda p: p.mesh.vpp)
-    values |= {axis: gather(lambda p, a=axis: p.axes[a]) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
-    values |= {name: gather(lambda p, n=name: getattr(p, n)) for name in ("dp", "accumulation", "ranks", "tokens_per_step")}
-    values["size"] = gather(lambda p: 2 if p.train.precision == "bf16" else 4)
-    values["peak"] = gather(lambda p: (p.gpu.bf16_peak if p.train.precision == "bf16" else p.gpu.fp32_peak) or np.nan)
-    flags = {"recompute": np.array([p.train.recompute == "full" for p in plans]), "cuda": np.array([p.gpu.kind == "cuda" for p in plans])}
-    return SimpleNamespace(**values, **flags)
+    def of(group: str, names: Sequence[str]) -> dict[str, Array]:
+        return {name: gather(attrgetter(f"{group}.{name}")) for name in names}
+
+    values = of("model", ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "gated", "vocab", "tied", "position_rows",
+                          "layer_norm", "qk_norm"))  # fmt: skip
+    values |= of("train", ("seq_len", "global_batch", "micro_batch", "evaluate_sequences", "fused_attention")) | of("mesh", ("vpp", "ep"))
+    axes = [plan.axes for plan in plans]
+    values |= {axis: np.array([float(sizes[axis]) for sizes in axes]) for axis in axes[0]}
+    values |= {name: gather(attrgetter(name)) for name in ("dp", "accumulation", "ranks", "tokens_per_step")}
+    values["size"] = gather(lambda p: 4 if p.train.precision == "fp32" else 2)
+    values["peak"] = gather(lambda p: p.gpu.peak(p.train.precision) or np.nan)
+    values["rope"] = gather(lambda p: p.model.positions == "rope")
+    moe = SimpleNamespace(**of("model.moe", ("experts", "top_k", "shared", "ffn", "dense_layers")))
+    mla = SimpleNamespace(**of("model.mla", ("kv_rank", "q_rank", "rope")))
+    flags = {"recompute": np.array([p.train.recompute == "full" for p in plans]), "beside": np.array([p.gpu.kind != "cpu" for p in plans])}
+    return SimpleNamespace(**values, **flags, moe=moe, mla=mla)
 
 
 def steps(plans: Sequence[Plan]) -> Steps:
@@ -65,19 +81,20 @@ def steps(plans: Sequence[Plan]) -> Steps:
     stage = layers * (forward + backward)
     last = np.where(p.pp > 1, np.maximum(0.0, sum(ends.values()) - _spared(p) * (forward + backward)), sum(ends.values()))
     micro = stage + last + _accumulate(p, device)
-    inside = _tensor_traffic(p, network, layers) + np.where(p.pp > 1, 2 * network.send("pp", _message(p)), 0.0)
+    inside = _tensor_traffic(p, network, layers) + _expert_traffic(p, network, layers)
+    inside = inside + np.where(p.pp > 1, 2 * network.send("pp", _message(p)), 0.0)
     bubble = (p.pp - 1) / p.vpp * (micro + inside)  # interleaved 1F1B (Narayanan et al. 2021, section 2.2.2)
     agreed = network.collective("all_reduce", "dp_shard", np.full_like(p.dp, 4.0))  # one number: the gradient norm, and the loss
     optimizer = _optimizer(p, device) + agreed
-    sharding = _sharding(p, device, network, layers, p.accumulation)
+    sharding = _sharding(p, network, layers, p.accumulation)
     window = p.accumulation * micro
     waiting = np.where(p.dp > 1, _largest(p.dp) * device["jitter"] * window, 0.0)
-    exposed = np.where(p.cuda, np.maximum(0.0, sharding - window), sharding + waiting)
+    exposed = np.where(p.beside, np.maximum(0.0, sharding - window), sharding + waiting)
     compute = p.accumulation * (micro + _units(p, device, layers))
     communication = p.accumulation * inside + exposed + agreed
     step_time = compute + communication + bubble + optimizer
     sequences = np.ceil(p.evaluate_sequences / (p.dp * p.micro_batch))
-    gathers = _gathers(p, network, layers) * np.where(p.cuda, 0.0, 1.0)
+    gathers = _gathers(p, network, layers) * np.where(p.beside, 0.0, 1.0)
     evaluate = sequences * (layers * forward + ends["forward"] + gathers + 0.5 * _units(p, device, layers))
     rate = p.tokens_per_step / step_time
     mfu = rate * flops_per_token(p, p.seq_len) / (p.peak * p.ranks)
@@ -91,27 +108,54 @@ def _largest(ranks: Array) -> Array:
 
 
 def _layers_a_stage(p: Any) -> Array:
-    """Blocks of the busiest stage; where layers do not divide by pp, embedding and head count as layers."""
-    return np.asarray(np.where(p.layers % p.pp == 0, p.layers / p.pp, (p.layers + 2) / p.pp))
+    """Blocks of the busiest stage; where layers do not divide by pp, embedding and head count as layers if that divides."""
+    with_ends = np.where((p.layers + 2) % p.pp == 0, (p.layers + 2) / p.pp, np.ceil(p.layers / p.pp))
+    return np.asarray(np.where(p.layers % p.pp == 0, p.layers / p.pp, with_ends))
 
 
 def _spared(p: Any) -> Array:
     """Blocks that the last stage has less than the others."""
-    return np.where(p.layers % p.pp == 0, 0.0, 1.0)
+    return np.where((p.layers % p.pp > 0) & ((p.layers + 2) % p.pp == 0), 1.0, 0.0)
 
 
 def block_work(p: Any, stage: str) -> list[Work]:
-    """The operations of one block on one micro-batch, forward or backward, as the trainer's eager code runs them."""
+    """The operations of one block on one micro-batch, forward or backward, as the trainer's eager code runs them.
+
+    Where some blocks are dense and others mixed, the mean of the two.
+    """
     tokens, size, h = p.micro_batch * p.seq_len / p.cp, p.size, p.hidden
-    width, kv, ffn = h / p.tp, h * p.kv_heads / p.heads / p.tp, p.ffn / p.tp
-    products = [(width, h), (kv, h), (kv, h), (h, width), (ffn, h), (ffn, h), (h, ffn)]
-    work = [matmul(tokens, n, k, size, stage) for n, k in products]
-    work.append(attention(tokens, p.seq_len, width, size, stage))
+    mixed = expert_layers(p) / p.layers
+    *into, out = attention_matrices(p)
+    work = [matmul(tokens, n / p.tp, k, size, stage) * there for n, k, there in into]
+    work.append(matmul(tokens, out[0], out[1] / p.tp, size, stage))
+    whole = np.where(p.fused_attention, 1, 2)  # without fusion the masked half is computed too, and every score is written and read
+    work.append(attention(tokens, p.seq_len, (query_width(p) + value_width(p)) / 2 / p.tp, size, stage) * whole)
+    work.append(moved("scores", tokens * p.seq_len * p.heads / p.tp, size, stage) * (whole - 1))
     work += [moved("norm", tokens * h / p.tp, size, stage)] * 2
-    work += [moved("rotary", tokens * width, size, stage), moved("rotary", tokens * kv, size, stage)]
-    work.append(moved("swiglu", tokens * ffn, size, stage))
+    latent = p.mla.kv_rank > 0
+    turned = np.where(latent, p.heads * p.mla.rope, value_width(p)), np.where(latent, p.mla.rope, p.kv_heads * p.head_dim)
+    work += [moved("rotary", tokens * width / p.tp, size, stage) * p.rope for width in turned]
+    work += [part * (1 - mixed) for part in _feed_forward(p, tokens, p.ffn, size, stage)]
+    work += [part * mixed for part in _mixture(p, tokens, size, stage)]
     adds = 2 if stage == "forward" else 5  # backward sums gradients: two residuals, three of q k v, two of gate and up
     return work + [moved("add", tokens * h / p.tp, size, "forward")] * adds
+
+
+def _feed_forward(p: Any, tokens: Any, width: Any, size: Any, stage: str) -> list[Work]:
+    up, down = matmul(tokens, width / p.tp, p.hidden, size, stage), matmul(tokens, p.hidden, width / p.tp, size, stage)
+    swiglu, gelu = (moved(kind, tokens * width / p.tp, size, stage) for kind in ("swiglu", "gelu"))
+    return [up * (1 + p.gated), down, swiglu * p.gated, gelu * (1 - p.gated)]
+
+
+def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
+    """Router, shared experts, and the routed ones in grouped products; tokens are spread evenly over experts, and over tp."""
+    moe, visits = p.moe, tokens / p.tp * p.moe.top_k
+    local = moe.experts / p.ep
+    up = matmul(visits, moe.ffn, p.hidden, size, stage, local) * (1 + p.gated)
+    down = matmul(visits, p.hidden, moe.ffn, size, stage, local)
+    routed = [up, down, moved("swiglu", visits * moe.ffn, size, stage), moved("permute", visits * p.hidden, size, stage)]
+    shared = [part * (moe.shared > 0) for part in _feed_forward(p, tokens, moe.shared * moe.ffn, size, stage)]
+    return [matmul(tokens / p.tp, moe.experts, p.hidden, size, stage), *routed, *shared]
 
 
 def _block(p: Any, device: Device, stage: str) -> Array:
@@ -130,21 +174,16 @@ def _ends(p: Any, device: Device) -> dict[str, Array]:
     return seconds
 
 
-def _held(p: Any) -> Array:
-    """Parameters of one tensor- and pipeline-parallel rank."""
-    return np.asarray(parameters(p) / (p.tp * p.pp))
-
-
 def _accumulate(p: Any, device: Device) -> Array:
     """Adding a micro-batch's weight gradients to those before, and clearing: a pass over all of them."""
     again = (p.accumulation - 1) / p.accumulation
-    return np.asarray(again * device.seconds(moved("add", _held(p), 4.0, "forward")))
+    return np.asarray(again * device.seconds(moved("add", held(p), 4.0, "forward")))
 
 
 def _optimizer(p: Any, device: Device) -> Array:
     """Clipping and AdamW on this rank's shard, fp32: nine tensors a block, the last norm and the tables."""
     tensors = 9 * p.layers / p.pp + 3 - p.tied
-    shard = _held(p) / (p.dp_shard * p.cp)
+    shard = parameters(p) / (p.pp * p.tp * p.dp_shard * p.cp)
     return np.asarray(tensors * device["optimizer_tensor"] + device.seconds(moved("optimizer", shard, 4.0, "step")))
 
 
@@ -152,9 +191,16 @@ def _tensor_traffic(p: Any, network: Network, layers: Array) -> Array:
     """Sequence-parallel all-gathers and reduce-scatters of one micro-batch: two of each forward, and again backward."""
     size = p.micro_batch * p.seq_len / p.cp * p.hidden * p.size
     pair = network.collective("all_gather", "tp", size) + network.collective("reduce_scatter", "tp", size)
-    keys = 2 * size * p.kv_heads / p.heads / p.tp * p.cp
+    keys = 2 * p.micro_batch * p.seq_len * p.kv_heads * p.head_dim / p.tp * p.size
     context = network.collective("all_gather", "cp", keys) + network.collective("reduce_scatter", "cp", keys)
     return np.asarray(layers * (4 * pair + np.where(p.cp > 1, context, 0.0)))
+
+
+def _expert_traffic(p: Any, network: Network, layers: Array) -> Array:
+    """Tokens sent to their experts and back in one micro-batch, forward and backward, and forward again where recomputed."""
+    size = p.micro_batch * p.seq_len / p.cp / p.tp * p.hidden * p.size
+    passes = np.where(p.recompute, 6, 4) * layers * expert_layers(p) / p.layers
+    return np.asarray(passes * network.all_to_all(p.ep, p.moe.top_k, size))
 
 
 def _message(p: Any) -> Array:
@@ -165,32 +211,36 @@ def _message(p: Any) -> Array:
 def _units(p: Any, device: Device, layers: Array) -> Array:
     """What sharding adds to the compute of one micro-batch: hooks a unit, and copies in and out of flat buffers."""
     count = layers + np.where(p.tied > 0, 1, 2)
-    copied = _held(p) * p.size
+    copied = held(p) * p.size
     return np.where(p.dp > 1, count * device["shard_unit"] + copied / device["shard_copy"], 0.0)
 
 
 def _gathers(p: Any, network: Network, layers: Array) -> Array:
     """All-gathers of the parameters for one forward pass."""
-    block, rest = block_parameters(p) / p.tp * p.size, embedding_parameters(p) / p.tp * p.size
+    return layers * _exchange(p, network, "all_gather", p.size) + _ends_exchange(p, network, "all_gather", p.size)
+
+
+def _exchange(p: Any, network: Network, kind: str, size: Any) -> Array:
+    """A collective over the shards of one block: the ranks of dp_shard and cp, and for experts those that hold the same ones."""
+    common, routed = layers_parameters(p) / p.layers / p.tp, routed_parameters(p) / p.layers / p.ep
+    shards, group = p.dp_shard * p.cp, p.dp_shard * p.cp * p.tp / p.ep
+    return network.ring(kind, shards, p.tp, common * size) + network.ring(kind, group, p.ep, routed * size)
+
+
+def _ends_exchange(p: Any, network: Network, kind: str, size: Any) -> Array:
+    """The same for embedding and head."""
     tables = np.where(p.tied > 0, 1, 2)
-    return np.asarray(
-        layers * network.collective("all_gather", "dp_shard", block) + tables * network.collective("all_gather", "dp_shard", rest)
-    )
+    return np.asarray(tables * network.ring(kind, p.dp_shard * p.cp, p.tp, embedding_parameters(p) / p.tp * size))
 
 
-def _sharding(p: Any, device: Device, network: Network, layers: Array, micro_batches: Array) -> Array:
+def _sharding(p: Any, network: Network, layers: Array, micro_batches: Array) -> Array:
     """FSDP's traffic in a step: parameters gathered for forward and backward, gradients reduced with the last micro-batch.
 
     In a pipeline parameters stay gathered for the step, and the head's and root's units do not reshard after forward.
     """
-    block, rest = block_parameters(p) / p.tp, embedding_parameters(p) / p.tp
-    tables = np.where(p.tied > 0, 1, 2)
     passes = np.where(p.pp > 1, 1, 2 * micro_batches)
     ends = np.where(p.pp > 1, 1, micro_batches)
-    gather = passes * layers * network.collective("all_gather", "dp_shard", block * p.size)
-    gather += ends * tables * network.collective("all_gather", "dp_shard", rest * p.size)
-    reduce = layers * network.collective("reduce_scatter", "dp_shard", block * 4) + tables * network.collective(
-        "reduce_scatter", "dp_shard", rest * 4
-    )
-    shard = (layers * block + tables * rest) * 4 / p.dp_shard
+    gather = passes * layers * _exchange(p, network, "all_gather", p.size) + ends * _ends_exchange(p, network, "all_gather", p.size)
+    reduce = layers * _exchange(p, network, "reduce_scatter", 4) + _ends_exchange(p, network, "reduce_scatter", 4)
+    shard = (held(p) / (p.dp_shard * p.cp)) * 4
     return np.asarray(gather + reduce + network.collective("all_reduce", "dp_replicate", shard))

@@ -45,9 +45,16 @@ class Meter:
     def _moment(self, share: float) -> float:
         """PUE × (devices + idle spares' devices + hosts), all devices at the same share."""
         gpu, cluster, power = self.plan.gpu, self.plan.cluster, self.plan.power
-        devices = self.plan.ranks * (gpu.idle_power + share * (gpu.max_power - gpu.idle_power))
         spares = cluster.spares * cluster.gpus_per_node * gpu.idle_power
-        return power.pue * (devices + spares + (cluster.nodes + cluster.spares) * power.host)
+        return power.pue * (self._devices(share) + spares + (cluster.nodes + cluster.spares) * power.host)
+
+    def _devices(self, share: float) -> float:
+        gpu = self.plan.gpu
+        return self.plan.ranks * (gpu.idle_power + share * (gpu.max_power - gpu.idle_power))
+
+    def devices(self, seconds: Mapping[str, float]) -> float:
+        """Energy of the job's devices alone over rank-seconds by state [J]."""
+        return sum(self._devices(self.share(state)) * spent / self.plan.ranks for state, spent in seconds.items())
 
     def peak(self, states: Mapping[str, float]) -> float:
         """Highest power of a moment: ranks are in step, so all draw the same at once; a step done again has a step's moments."""
@@ -57,6 +64,7 @@ class Meter:
 @dataclass(frozen=True)
 class Footprint:
     energy: float  # [J]
+    energy_devices: float  # of the job's devices alone, before the building's overhead [J]
     carbon_location: float  # [gCO2e]
     carbon_market: float
     carbon_embodied: float
@@ -80,6 +88,7 @@ def footprint(plan: Plan, meter: Meter, timeline: Timeline) -> Footprint:
     offer = plan.price.gpu_hours[plan.gpu.name]
     return Footprint(
         energy=energy,
+        energy_devices=meter.devices(timeline.states()),
         carbon_location=location,
         carbon_market=location if plan.grid.market is None else plan.grid.market * energy,
         carbon_embodied=plan.price.embodied[plan.gpu.name] * 1000 * hours * HOUR / plan.price.lifetime,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from conf.arithmetic import parameters, state_bytes
+from conf.arithmetic import flops_per_token, parameters, state_bytes
 from conf.plan import Plan
 from conf.record import Value
 from sim.cluster import per_second
@@ -58,8 +58,10 @@ def run(history: History) -> dict[str, float]:
         "interruptions": sum(history.falls.values()),
         "interruptions_unexpected": history.falls["unexpected"],
         "tokens": tokens,
+        "flops": tokens * float(flops_per_token(plan.model, plan.train.seq_len)),
         "gpu_hours": foot.gpu_hours,
         "energy": foot.energy,
+        "energy_devices": foot.energy_devices,
         "carbon_location": foot.carbon_location,
         "carbon_market": foot.carbon_market,
         "carbon_embodied": foot.carbon_embodied,

@@ -17,7 +17,8 @@ from analysis.pair import open_pair
 from analysis.report import page
 from conf.errors import Refused
 from conf.files import write
-from conf.plan import Plan, groups
+from conf.plan import Plan
+from conf.schema import groups
 from conf.profile import Parameter, Profile, profile_yaml
 from conf.program import load, to_yaml
 from conf.record import STATES, Record, Value, seal, summarise
