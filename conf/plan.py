@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, Node, say
 from conf.units import (
@@ -177,7 +177,9 @@ class Mesh(Node):
 
 @dataclass(kw_only=True)
 class Train(Node):
-    precision: str = say("of matrix products: fp32, bf16, fp16, fp8 (weights, moments and reduction stay fp32)", must=("fp32", "bf16", "fp16", "fp8"))
+    precision: str = say(
+        "of matrix products: fp32, bf16, fp16, fp8 (weights, moments and reduction stay fp32)", must=("fp32", "bf16", "fp16", "fp8")
+    )
     seq_len: int = say("tokens a sequence", must=POSITIVE)
     global_batch: int = say("sequences an optimizer step", must=POSITIVE)
     micro_batch: int = say("sequences a forward pass on one rank", must=POSITIVE)

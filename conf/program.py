@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import shorten
+from textwrap import shorten, wrap
 from typing import Any
 
 from conf.errors import Refused, nearest
@@ -30,6 +30,7 @@ HELP = """foretold: one plan, predicted, executed and compared
   foretold analysis  compare | calibrate | report           put the two side by side
 
 The same plan has the same id everywhere; its records lie in runs/<id>/sim and runs/<id>/real.
+`eval "$(foretold completion)"` in ~/.bashrc completes verbs, groups, options and keys with TAB.
 `foretold VERB --help` shows a verb's options and the plan's groups, `foretold VERB --help GROUP` the keys of a group.
 """
 Options = Mapping[str, tuple[str, str]]  # name: (default, meaning)
@@ -40,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
+        return 0
+    if args[0] in ("completion", "complete"):
+        from conf.complete import SCRIPT, complete
+
+        print(SCRIPT if args[0] == "completion" else "\n".join(complete(args[1:])))
         return 0
     verb = args.pop(0)
     try:
@@ -173,6 +179,8 @@ def _overlay(path: Path, overrides: Sequence[str]) -> Any:
     values = OmegaConf.create(plain(from_yaml(path)))
     for arg in overrides:
         name, _, text = arg.lstrip("+").partition("=")
+        if arg.startswith("~"):
+            raise Refused(f"{arg}: a key of plan={path} cannot be taken away; set it to null")
         if name == "experiment":
             raise Refused(f"experiment={text} is a plan of its own; leave out plan={path}, or choose single groups")
         value = OmegaConf.load(HERE / name / f"{text}.yaml") if name in groups() else OmegaConf.create(f"value: {text}").value
@@ -226,7 +234,8 @@ def explain(verb: str, usage: str, options: Options, about: str = "") -> str:
     lines = [usage.strip(), "", "options"]
     lines += [f"  {name + '=' + default:22} {means}" for name, (default, means) in options.items()]
     lines += ["", f"groups (foretold {verb} --help GROUP shows its keys)"]
-    lines += [f"  {name:12} {', '.join(choices(name))}" for name in (*groups(), "experiment") if choices(name)]
+    for name in (*groups(), "experiment"):
+        lines += wrap(", ".join(choices(name)), 140, initial_indent=f"  {name:12} ", subsequent_indent=" " * 15)
     lines += ["", "keys of the plan itself"]
     lines += [f"  {key:12} {row[1]}" for key, row in keys().items() if "." not in key]
     return "\n".join(lines)
@@ -240,11 +249,11 @@ def _explain_group(asked: str) -> str:
     option = option or defaults()[group]
     if option not in choices(group):
         raise Refused(f"{group}={option} is no {group}; {nearest(option, choices(group))}")
-    lines = [f"{group}: {', '.join(choices(group))}", "", f"{group}={option}"]
+    lines = [*wrap(f"{group}: {', '.join(choices(group))}", 140), "", f"{group}={option}"]
     for row in rows(group, option):
         lines.append(f"  {row.name:28} {shorten(str(row.default), 34):36} {row.means}{_limits(row.must)}")
-        if row.source and not row.name.endswith(".source"):
-            lines.append(f"{'':68}↳ {shorten(row.source, 140)}")
+        if row.noted:
+            lines.append(f"{'':68}↳ {shorten(row.source, 110)}")
     return "\n".join(lines)
 
 

@@ -56,7 +56,8 @@ def _shapes(plan: Plan) -> Iterator[str]:
             yield f"{part_key}={part} must divide {whole_key}={whole}; {_near_divisors(part, whole, part_key)}"
     stages = pp * plan.mesh.vpp
     if stages > model.layers + 2:
-        yield f"mesh.pp={pp} × mesh.vpp={plan.mesh.vpp} = {stages} stages, but the model has {model.layers} layers; lower mesh.pp or mesh.vpp"
+        have = f"the model has {model.layers} layers"
+        yield f"mesh.pp={pp} × mesh.vpp={plan.mesh.vpp} = {stages} stages, but {have}; lower mesh.pp or mesh.vpp"
     if plan.mesh.vpp > 1 and (pp == 1 or (model.layers % stages and (model.layers + 2) % stages)):
         yield f"mesh.vpp={plan.mesh.vpp} × mesh.pp={pp} = {stages} must divide the layers, and pp be above 1; set mesh.vpp=1"
     if model.positions == "learned" and (model.context or 0) < plan.train.seq_len:

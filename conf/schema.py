@@ -27,6 +27,7 @@ class Row(NamedTuple):
     means: str
     must: Any
     source: str
+    noted: bool  # whether the source stands beside this very number
 
 
 def groups() -> dict[str, type[Node]]:
@@ -68,7 +69,7 @@ def rows(group: str, option: str) -> tuple[Row, ...]:
         value = _dig(values, inner.split("."))
         if value is _ABSENT:
             value = _default(groups()[group], inner)
-        found.append(Row(name, kind, unit_of(kind), value, means, must, notes.get(inner, str(values.get("source", "")))))
+        found.append(Row(name, kind, unit_of(kind), value, means, must, notes.get(inner, str(values.get("source", ""))), inner in notes))
     return tuple(found)
 
 

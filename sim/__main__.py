@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.plan import Plan
 from conf.program import count, explain, flag, load, run, split
-from conf.record import STATES, summarise
+from conf.record import QUANTITIES, STATES, read_fact, summarise
 from conf.units import show
 from sim.kernels import rates
 from sim.life import live
@@ -26,6 +26,7 @@ foretold sim [options] [group=option] [key=value]   predict a plan
   foretold sim replicas=20                       twenty seeds: the median, with the 10th and 90th percentile
 """
 OPTIONS = {
+    "plan": ("", "file of a plan that another command wrote; overrides still apply"),
     "json": ("false", "print summary.json and nothing else"),
     "replicas": ("1", "lives to simulate, one a seed; the first writes the record"),
     "runs": ("runs", "folder of the records"),
@@ -46,12 +47,13 @@ def main(args: list[str]) -> int:
         return 0
     options, overrides = split(args, OPTIONS)
     quiet, lives = flag(options, "json"), count(options, "replicas")
-    plan = load(overrides)
+    plan = load(overrides, options["plan"])
     folder = Path(options["runs"]) / plan.id / "sim"
     told = predict(plan, folder, lives)
     if plan.gpu.memory < told["quantities"]["pretrain.peak_memory"]["value"]:
         print(misfit(plan, told), file=sys.stderr)
-    print(json.dumps(told) if quiet else table(plan, told["quantities"]) + farewell(folder, overrides))
+    again = [f"plan={options['plan']}"] * bool(options["plan"]) + overrides
+    print(json.dumps(told) if quiet else table(plan, told["quantities"]) + farewell(folder, again))
     return 0
 
 
@@ -79,7 +81,7 @@ def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
     for title, names in {**stages, **SHOWN}.items():
         known = [name for name in names if name in quantities]
         lines += ["", title] if known else []
-        lines += [f"  {_words(name):22} {_shown(quantities[name])}" for name in known]
+        lines += [f"  {_words(name):22} {_shown(quantities[name]):24}{_published(plan, name)}".rstrip() for name in known]
     return "\n".join([*lines, "", "where the time goes", *_where(quantities)])
 
 
@@ -101,6 +103,15 @@ def _shown(quantity: Mapping[str, Any]) -> str:
     told = "1" if unit in ("count", "1/s", "h") else unit  # the words say it
     band = "" if low is None or low == high else f"   {show(low, told)} … {show(high, told)}"
     return show(value, told) + band
+
+
+def _published(plan: Plan, name: str) -> str:
+    """What was published of this quantity of the plan, as it was or before it was varied."""
+    if name not in plan.published:
+        return ""
+    unit = QUANTITIES[name.split(".")[1]][0]
+    relation, value = read_fact(plan.published[name].value, unit)
+    return f"published {'' if relation == '=' else relation + ' '}{show(value, '1' if unit in ('count', 'h') else unit)}"
 
 
 def _where(quantities: Mapping[str, Mapping[str, Any]]) -> list[str]:

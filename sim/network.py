@@ -62,9 +62,10 @@ class Network:
         return self.ring(kind, self.degree[axis], self.stride(axis), size)
 
     def send(self, axis: str, size: Array) -> Array:
-        """Seconds of one message to the neighbour in an axis."""
+        """Seconds of one message to the neighbour in an axis, over the slowest link on the way from its first to its last rank."""
         stride = self.stride(axis)
-        spent = self.latency("all_gather", 2 * stride) + size / self.bandwidth("all_gather", stride, 2 * stride)
+        reach = stride * self.degree[axis]
+        spent = self.latency("all_gather", reach) + size / self.bandwidth("all_gather", stride, reach)
         return np.where(self.degree[axis] > 1, spent, 0.0)
 
     def all_to_all(self, n: Array, copies: Array, size: Array) -> Array:

@@ -18,10 +18,10 @@ from analysis.report import page
 from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
-from conf.schema import groups
 from conf.profile import Parameter, Profile, profile_yaml
 from conf.program import load, to_yaml
 from conf.record import STATES, Record, Value, seal, summarise
+from conf.schema import groups, keys
 
 Foretold = Callable[..., tuple[int, str, str]]
 PREDICTED = {"init": 2.0, "compute": 16.0, "communication": 2.0}  # rank-seconds of 2 ranks over 10 s
@@ -338,9 +338,8 @@ def test_page_names_every_source_and_key(both: Path, plan: Plan) -> None:
     for group, kind in groups().items():
         if "source" in kind.__dataclass_fields__:
             assert getattr(plan, group).source in text
-        assert all(
-            name in text and field.metadata["means"] in text for name, field in kind.__dataclass_fields__.items() if name != "source"
-        )
+        table = keys(kind)
+        assert all(name.split(".")[-1] in text and means in text for name, (_, means, _) in table.items() if name != "source"), group
     assert "481 gCO2e/kWh" in text
 
 

@@ -15,7 +15,7 @@ import pytest
 from conf.complete import SCRIPT, complete
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = "import sys; from conf.complete import complete; print('\\n'.join(complete(sys.argv[2:])))"
+PROGRAM = "from conf.program import main; raise SystemExit(main())"
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 
 

@@ -2,12 +2,15 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from conf.errors import Refused
+from conf.program import load
 from conf.record import read
 
 ROOT = Path(__file__).parents[1]
@@ -27,10 +30,83 @@ def test_torchrun_gives_the_same_losses(tiny, tmp_path):
     assert summary["quantities"]["run.tokens"]["value"] == 8 * 256
 
 
-def test_torchrun_with_the_wrong_number_of_ranks(tiny, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "real", f"runs={tmp_path}", *tiny]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "torchrun started 1 ranks, the plan has 2" in done.stderr
+def agents(count: int, ranks: int, *args: str) -> list[tuple[int, str]]:
+    """Status and output of torchrun agents on this machine, each as if it were a server."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meeting = ["--nnodes", str(count), "--rdzv-id", "test", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", str(ranks), "-m", "real", *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = [subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) for _ in range(count)]
+    output = [agent.communicate(timeout=120)[0] for agent in running]
+    return [(agent.returncode, text) for agent, text in zip(running, output, strict=True)]
+
+
+def said(told: list[tuple[int, str]]) -> list[str]:
+    """Lines of our own complaints; torchrun adds its report of the failed processes."""
+    return [line for _, text in told for line in text.splitlines() if line.startswith("foretold real: ")]
+
+
+def test_two_servers_give_the_same_losses_as_one(tiny, tmp_path):
+    """2 × 2 ranks and 1 × 4 ranks, to the last bit; one record, without a false interruption."""
+    two = agents(2, 2, f"runs={tmp_path / 'two'}", "cluster.nodes=2", *tiny)
+    one = agents(1, 4, f"runs={tmp_path / 'one'}", "cluster.gpus_per_node=4", *tiny)
+    assert {status for status, _ in two + one} == {0}, two + one
+    assert losses(tmp_path / "two") == losses(tmp_path / "one") and len(losses(tmp_path / "two")) == 8
+    two, one = (json.loads(next((tmp_path / n).glob("*/real/summary.json")).read_text())["quantities"] for n in ("two", "one"))
+    assert two["pretrain.final_loss"] == one["pretrain.final_loss"]
+    assert two["run.interruptions"]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "ranks", "args", "part"),
+    [
+        (1, 1, [], "torchrun started 1 ranks, the plan has 2; change --nnodes, --nproc-per-node or the plan"),
+        (1, 4, ["cluster.nodes=2"], "cluster.gpus_per_node=2; set cluster.nodes=1 cluster.gpus_per_node=4, or change --nproc-per-node"),
+        (2, 1, ["cluster.nodes=2", "cluster.gpus_per_node=1", "data.path=/nowhere"], "data.path=/nowhere does not exist"),
+        (2, 1, ["cluster.nodes=2", "cluster.gpus_per_node=1", "train.learning_rate=1e38"], "training diverged; lower train.learning_rate"),
+    ],
+)
+def test_all_ranks_refuse_with_one_line(tiny, tmp_path, count, ranks, args, part):
+    """What is wrong with the ranks, with the data stages, and with training."""
+    told = agents(count, ranks, f"runs={tmp_path}", *tiny, *args)
+    assert all(status for status, _ in told)
+    (line,) = said(told)
+    assert part in line
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["model.moe.experts=4", "model.moe.top_k=2", "model.moe.ffn=64"], "model.moe.experts=4: real cannot execute it yet"),
+        (["model.mla.kv_rank=16", "model.mla.rope=4"], "model.mla.kv_rank=16: real cannot execute it yet"),
+        (["model.gated=false"], "model.gated=false: real cannot execute it yet, sim predicts it; set model.gated=true"),
+        (["model.positions=alibi"], "model.positions=alibi: real cannot execute it yet, sim predicts it; set model.positions=rope"),
+        (["model.layer_norm=true"], "model.layer_norm=true: real"),
+        (["model.qk_norm=true"], "model.qk_norm=true: real"),
+        (["model.head=16"], "model.head=16 × model.heads=4 is not model.hidden=128: real"),
+        (
+            ["train.precision=fp8", "gpu=h100_sxm"],
+            "train.precision=fp8: real cannot execute it yet, sim predicts it; set train.precision=bf16",
+        ),
+        (["gpu.kind=tpu"], "gpu.kind=tpu: real cannot execute it yet, sim predicts it; choose a gpu of kind cpu or cuda"),
+        (["mesh.pp=2"], "mesh.pp=2: real executes dp_replicate and dp_shard; sim predicts the others; set them to 1"),
+    ],
+)
+def test_what_is_not_built_is_refused(args, part):
+    from real.parallel import refuse_unbuilt
+
+    with pytest.raises(Refused) as refused:
+        refuse_unbuilt(load(args))
+    (line,) = refused.value.problems
+    assert part in line
+
+
+def test_a_head_of_the_usual_width_is_built():
+    from real.parallel import refuse_unbuilt
+
+    refuse_unbuilt(load(["model.head=32"]))
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 
 from conf.arithmetic import flops_per_token, parameters, state_bytes
 from conf.errors import Refused
+from conf.program import choices, from_yaml, load, to_yaml, vary
 from conf.schema import keys
-from conf.program import choices, from_yaml, load, to_yaml
 
 
 def refused(*overrides: str) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def test_every_problem_at_once():
             "mesh.tp=4 must divide model.heads=6; set mesh.tp=3 or 6",
         ),
         (["model.kv_heads=3"], "model.kv_heads=3 must divide model.heads=4"),
-        (["gpu=h1000"], "gpu=h1000 is no gpu; did you mean h100_sxm?"),
+        (["gpu=h100_sxn"], "gpu=h100_sxn is no gpu; did you mean h100_sxm?"),
         (["foo=3"], "foo=3 is not a key of the plan"),
         (["train.steps=null"], "the run would never end"),
         (["train.global_batch=10"], "set train.global_batch="),
@@ -117,3 +117,37 @@ def test_flops_of_llama_3_405b_as_its_paper_counts_them():
     """3.8e25 FLOPs for 15.6T tokens (arXiv 2407.21783, section 3.2.1), which leaves attention's square out."""
     plan = load(["experiment=llama3_405b"])
     assert flops_per_token(plan.model, 0) * 15.6e12 == pytest.approx(3.8e25, rel=0.01)
+
+
+def test_a_plan_file_is_accepted_with_overrides(tmp_path):
+    file = tmp_path / "plan.yaml"
+    plan = load(["experiment=gpt3_175b"])
+    file.write_text(to_yaml(plan))
+    assert load([], str(file)) == plan
+    assert load(["train.steps=10000", "grid=france"], str(file)) == load(["experiment=gpt3_175b", "train.steps=10000", "grid=france"])
+    with pytest.raises(Refused, match=r"plan of its own; leave out plan="):
+        load(["experiment=laptop"], str(file))
+    with pytest.raises(Refused, match="is no plan"):
+        load([], str(tmp_path / "nowhere.yaml"))
+
+
+def test_vary_is_load_without_composing():
+    plan = load(["experiment=llama3_405b"])
+    assert vary(plan, {"cluster.nodes": "1024", "train.stop_after": "10 d"}) == load(
+        ["experiment=llama3_405b", "cluster.nodes=1024", "train.stop_after=10 d"]
+    )
+    with pytest.raises(Refused, match=r"cluster\.nodse is no key of the plan"):
+        vary(plan, {"cluster.nodse": "3"})
+
+
+def test_every_fault_of_a_mixture_is_named():
+    assert any("spreads experts, but" in p for p in refused("mesh.ep=2"))
+    assert any("mesh.ep=48 must divide model.moe.experts=256" in p for p in refused("experiment=deepseek_v3", "mesh.ep=48"))
+    assert any("v100-sxm has no fp8 rate" in p for p in refused("experiment=gpt3_175b", "train.precision=fp8"))
+
+
+def test_prices_regions_and_clusters_must_be_whole():
+    assert any("price.as_of is missing" in p for p in refused("~price.as_of"))
+    assert any("grid.intensity is missing" in p for p in refused("~grid.intensity"))
+    assert any("price.gpu_hours has no price for" in p for p in refused("experiment=gpt3_175b", "price=deepseek_2024_12"))
+    assert any("mesh pp 16 ×" in p and "set mesh.dp_shard=-1 to fill" in p for p in refused("experiment=deepseek_v3", "cluster.nodes=1"))

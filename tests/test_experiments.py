@@ -1,0 +1,69 @@
+"""Published runs replayed: every experiment answers, its table stands in the README, and the mixture's step behaves."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from analysis.experiments import markdown, rows
+from conf.program import load
+from conf.schema import choices
+from sim.parallel import steps
+
+README = Path(__file__).parents[1] / "README.md"
+NAMES = {"laptop", "h200", "gpt3_175b", "opt_175b", "bloom_176b", "chinchilla_70b", "llama2_70b", "llama3_8b", "llama3_405b",
+         "llama3_405b_full", "deepseek_v3", "olmo2_7b"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found():
+    return list(rows(choices("experiment")))
+
+
+def test_all_are_there():
+    assert set(choices("experiment")) >= NAMES
+
+
+def test_the_table_in_the_readme_is_what_the_command_prints(found):
+    assert markdown(found) in README.read_text(), "run: foretold analysis experiments, and put its output into README.md"
+
+
+def test_step_models_are_within_the_factor(found):
+    """Speeds where the publication states the run's own, not sums over unstated other work."""
+    speeds = [row for row in found if row.quantity in ("pretrain.step_time", "pretrain.mfu")]
+    assert len(speeds) >= 6
+    assert all(row.hit for row in speeds), [row for row in speeds if not row.hit]
+
+
+def test_facts_do_not_change_the_id():
+    plan = load(["experiment=gpt3_175b"])
+    assert plan.but(published={}).id == plan.id
+
+
+def one(*overrides):
+    return steps([load(["experiment=deepseek_v3", *overrides])])
+
+
+def test_spreading_experts_costs_traffic_and_saves_memory():
+    few, many = one("mesh.ep=8"), one("mesh.ep=64")
+    assert many.memory[0] < few.memory[0]
+    assert many.communication[0] > few.communication[0]
+    assert math.isclose(many.step_time[0], sum(getattr(many, part)[0] for part in ("compute", "communication", "bubble", "optimizer")))
+
+
+def test_a_node_limit_saves_traffic():
+    assert one("model.moe.node_limit=2").communication[0] < one("model.moe.node_limit=8").communication[0]
+
+
+def test_unfused_attention_is_slower_and_larger():
+    fused, unfused = (steps([load(["experiment=gpt3_175b", f"train.fused_attention={flag}"])]) for flag in ("true", "false"))
+    assert unfused.step_time[0] > fused.step_time[0] and unfused.memory[0] > fused.memory[0]
+
+
+def test_an_oversubscribed_spine_slows_only_groups_that_cross_it():
+    free = steps([load(["experiment=llama3_405b", "cluster.oversubscription=1"])])
+    tight = steps([load(["experiment=llama3_405b", "cluster.oversubscription=100"])])
+    assert tight.communication[0] > free.communication[0]
+    inside = ["experiment=llama3_405b", "cluster.nodes=128", "mesh.dp_shard=8"]
+    same = [steps([load([*inside, f"cluster.oversubscription={x}"])]).step_time[0] for x in (1, 100)]
+    assert same[0] == same[1]
