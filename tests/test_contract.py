@@ -14,7 +14,7 @@ HOMES = {"simpy": {"sim"}, "torch": {"real"}, "matplotlib": {"analysis"}, "hydra
 # Modules without a twin; ARCHITECTURE.md says why for each.
 ALONE = {
     "sim": {"failures", "story"},
-    "real": {"bigram", "data", "measure", "model", "optim", "progress", "stage"},
+    "real": {"bigram", "data", "measure", "model", "optim", "progress", "slurm", "stage"},
 }
 
 
