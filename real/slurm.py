@@ -63,7 +63,7 @@ def main(plan: Plan, home: Path, options: Mapping[str, str]) -> None:
     if options["json"].lower() == "true":
         print(json.dumps({"plan": plan.id, "script": str(path), "kept": kept, "job": job}))
         return
-    print(f"kept as you edited it: {path}; delete it for a new one" if kept else f"script: {path}")
+    print(f"kept: {path}, which differs from what this command writes; delete it for a new one" if kept else f"script: {path}")
     if job is None:
         print(f"next: read it, then sbatch {path}")
     else:
@@ -99,9 +99,9 @@ def _limit(plan: Plan, home: Path) -> str:
     foretold = told["quantities"].get("run.wall_clock", {}).get("value") if told else None
     seconds, why = (foretold, "as foretold") if foretold else (plan.train.stop_after, "train.stop_after")
     if not seconds:
-        return "##SBATCH --time=1-00:00:00   # foretold sim knows how long it takes; a job that is cut goes on when submitted again"
+        return "# no time limit: foretold sim would foretell one; a job that is cut goes on when submitted again"
     minutes = math.ceil(seconds * MARGIN / 60)
-    return f"#SBATCH --time={minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:00   # {why}, times {MARGIN}"
+    return f"# the time limit: {why}, times {MARGIN}\n#SBATCH --time={minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:00"
 
 
 def submit(path: Path) -> str:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from conf.errors import Refused
 from conf.plan import Plan
 from conf.program import count, explain, flag, load, run, split
 from conf.record import QUANTITIES, STATES, read_fact, summarise
 from conf.units import show
+from sim import whatif
 from sim.kernels import rates
 from sim.life import live
 from sim.pretrain import pace
@@ -23,11 +25,13 @@ foretold sim [options] [group=option] [key=value]   predict a plan
   foretold sim                                   the default plan: this machine's Python library, eight hundred thousand parameters
   foretold sim experiment=llama3_405b            54 days of 16,384 GPUs in a second
   foretold sim experiment=llama3_405b checkpoint.every=20   the same faults under another policy
+  foretold sim experiment=llama3_405b vs="cluster.nodes=1024"   what if: both, the difference and its causes
   foretold sim replicas=20                       twenty seeds: the median, with the 10th and 90th percentile
 """
 OPTIONS = {
     "plan": ("", "file of a plan that another command wrote; overrides still apply"),
     "json": ("false", "print summary.json and nothing else"),
+    "vs": ("", "overrides of a second plan, with blanks between: both columns, the difference and its causes"),
     "replicas": ("1", "lives to simulate, one a seed; the first writes the record"),
     "runs": ("runs", "folder of the records"),
 }
@@ -48,12 +52,35 @@ def main(args: list[str]) -> int:
     options, overrides = split(args, OPTIONS)
     quiet, lives = flag(options, "json"), count(options, "replicas")
     plan = load(overrides, options["plan"])
+    if options["vs"]:
+        return versus(plan, load([*overrides, *words(options["vs"])], options["plan"]), options)
     folder = Path(options["runs"]) / plan.id / "sim"
     told = predict(plan, folder, lives)
     if plan.gpu.memory < told["quantities"]["pretrain.peak_memory"]["value"]:
         print(misfit(plan, told), file=sys.stderr)
     again = [f"plan={options['plan']}"] * bool(options["plan"]) + overrides
     print(json.dumps(told) if quiet else table(plan, told["quantities"]) + farewell(folder, again))
+    return 0
+
+
+def words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise Refused(f"vs={text}: {str(error).lower()}; write for example vs='cluster.nodes=1024 mesh.tp=4'") from error
+
+
+def versus(one: Plan, other: Plan, options: Mapping[str, str]) -> int:
+    """Predict two plans and print them side by side."""
+    plans, lives = (one, other), count(options, "replicas")
+    told = [predict(plan, Path(options["runs"]) / plan.id / "sim", lives) for plan in plans]
+    if flag(options, "json"):
+        print(json.dumps({"plans": told}))
+        return 0
+    for plan, side in zip(plans, told, strict=True):
+        if plan.gpu.memory < side["quantities"]["pretrain.peak_memory"]["value"]:
+            print(f"{plan.id} {misfit(plan, side)}", file=sys.stderr)
+    print(whatif.table(plans, (pace(one), pace(other)), (told[0]["quantities"], told[1]["quantities"])))
     return 0
 
 

@@ -9,6 +9,8 @@ from analysis.experiments import markdown, rows
 from conf.program import load
 from conf.schema import choices
 from sim.parallel import steps
+from sim.pretrain import pace
+from sim.whatif import changed, parts
 
 README = Path(__file__).parents[1] / "README.md"
 NAMES = {"laptop", "h200", "gpt3_175b", "opt_175b", "bloom_176b", "chinchilla_70b", "llama2_70b", "llama3_8b", "llama3_405b",
@@ -67,3 +69,21 @@ def test_an_oversubscribed_spine_slows_only_groups_that_cross_it():
     inside = ["experiment=llama3_405b", "cluster.nodes=128", "mesh.dp_shard=8"]
     same = [steps([load([*inside, f"cluster.oversubscription={x}"])]).step_time[0] for x in (1, 100)]
     assert same[0] == same[1]
+
+
+def test_what_if_names_the_change_and_its_causes(foretold):
+    status, out, _ = foretold("sim", "experiment=gpt3_175b", "vs=mesh.pp=8 train.steps=9637")
+    assert status == 0
+    assert {"mesh.pp 16 → 8", "train.steps 96371 → 9637"} <= set(out.splitlines())
+    assert any("bubble" in line and "−" in line for line in out.split("why a step")[1].splitlines())
+    status, _, err = foretold("sim", "vs=cluster.nodse=3")
+    assert status == 2 and err.strip() == "foretold sim: cluster.nodse=3 is not a key of cluster; did you mean nodes?"
+    status, _, err = foretold("sim", "vs='open")
+    assert status == 2 and err.startswith("foretold sim: vs='open: no closing quotation; write for example")
+
+
+def test_causes_add_up_to_the_difference():
+    plans = load(["experiment=llama3_405b"]), load(["experiment=llama3_405b", "cluster.nodes=1024", "mesh.tp=4", "gpu=b200"])
+    one, other = map(pace, plans)
+    assert math.isclose(sum(parts(one, other).values()), other.step_time - one.step_time, rel_tol=1e-9)
+    assert changed(*plans).keys() >= {"cluster.nodes", "mesh.tp", "gpu.name"} and "model.layers" not in changed(*plans)

@@ -64,7 +64,7 @@ def test_the_script_is_the_plan(foretold, tmp_path):
         "#SBATCH --nodes=2",
         "#SBATCH --ntasks-per-node=1",
         "#SBATCH --cpus-per-task=2",
-        "#SBATCH --time=0-01:12:00   # train.stop_after, times 1.2",
+        "#SBATCH --time=0-01:12:00",
         "#SBATCH --requeue",
         f"#SBATCH --chdir={tmp_path}",
         f"#SBATCH --output={home}/slurm-%j.log",
@@ -87,7 +87,7 @@ def test_gpus_and_the_time_foretold(foretold, tmp_path):
     text = script(tmp_path)
     assert "#SBATCH --gpus-per-node=8" in text and "#SBATCH --cpus-per-task=96" in text and "only=pretrain" in text
     minutes = -int(-seconds * 1.2 // 60)
-    assert f"#SBATCH --time=0-{minutes // 60:02}:{minutes % 60:02}:00   # as foretold, times 1.2" in text
+    assert f"# the time limit: as foretold, times 1.2\n#SBATCH --time=0-{minutes // 60:02}:{minutes % 60:02}:00\n" in text
 
 
 def test_an_edited_script_is_kept(foretold, tmp_path):
@@ -95,7 +95,7 @@ def test_an_edited_script_is_kept(foretold, tmp_path):
     (path,) = tmp_path.glob("runs/*/slurm.sh")
     path.write_text(path.read_text().replace("##SBATCH --partition=NAME", "#SBATCH --partition=a100"))
     status, out, _ = foretold("real", "slurm=script", *TINY)
-    assert status == 0 and f"kept as you edited it: {path}; delete it for a new one" in out
+    assert status == 0 and f"kept: {path}, which differs from what this command writes; delete it for a new one" in out
     assert "#SBATCH --partition=a100" in path.read_text()
 
 
