@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from conf.program import from_yaml
 from conf.record import read
 from conf.units import show
 from sim.kernels import COLLECTIVES, Device, Work, attention, given, matmul, moved
-from sim.parallel import block_work
+from sim.parallel import block_work, columns
 
 OPTIONS = {
     "runs": ("runs", "folder of the records; the newest measurement in it is used"),
@@ -127,20 +126,20 @@ def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, fl
             parameters[f"{kind}.rate"] = _inverse(rate, "FLOP/s")
         parameters[f"{kind}.bandwidth"] = _inverse(bandwidth, "B/s")
     if blocks:
-        found, report["block"] = _composition(plan, parameters, blocks, size)
+        found, report["block"] = _composition(plan, parameters, blocks)
         parameters |= found
         parameters["jitter"] = Parameter(float(np.median([float(row["cv"]) for row in blocks])), "1")
     return parameters, report
 
 
-def _composition(plan: Plan, parameters: Mapping[str, Parameter], rows: Rows, size: float) -> tuple[dict[str, Parameter], float]:
+def _composition(plan: Plan, parameters: Mapping[str, Parameter], rows: Rows) -> tuple[dict[str, Parameter], float]:
     """Whole blocks against the sum of their operations' fitted times: a constant and a factor."""
     device, alone = Device([given(plan, parameters)]), []
     for row in rows:
-        n = {name: float(row[name]) for name in ("batch", "seq", "heads", "kv_heads", "k", "n")}
-        shape = SimpleNamespace(micro_batch=n["batch"], seq_len=n["seq"], hidden=n["k"], heads=n["heads"], kv_heads=n["kv_heads"],
-                                ffn=n["n"], tp=1.0, cp=1.0, size=size)  # fmt: skip
-        alone.append(sum(float(device.seconds(work)[0]) for work in block_work(shape, row["stage"])))
+        shape = {"model.hidden": "k", "model.heads": "heads", "model.kv_heads": "kv_heads", "model.ffn": "n"}
+        shape |= {"train.micro_batch": "batch", "train.seq_len": "seq"}
+        one = columns([plan.but(**{key: int(row[column]) for key, column in shape.items()}, **{"mesh.tp": 1, "mesh.cp": 1})])
+        alone.append(sum(float(device.seconds(work)[0]) for work in block_work(one, row["stage"])))
     (glue, factor), error = line([1.0] * len(rows), alone, [float(row["time_us"]) * 1e-6 for row in rows])
     return {"glue": _as(glue, "s"), "composition": _as(factor, "1")}, error
 
