@@ -11,6 +11,7 @@ from conf.errors import Refused
 from conf.plan import Plan
 from conf.program import count, explain, flag, load, run, split
 from conf.record import QUANTITIES, STATES, read_fact, summarise
+from conf.sweep import expand, varied
 from conf.units import show
 from sim import whatif
 from sim.kernels import rates
@@ -26,12 +27,14 @@ foretold sim [options] [group=option] [key=value]   predict a plan
   foretold sim experiment=llama3_405b            54 days of 16,384 GPUs in a second
   foretold sim experiment=llama3_405b checkpoint.every=20   the same faults under another policy
   foretold sim experiment=llama3_405b vs="cluster.nodes=1024"   what if: both, the difference and its causes
+  foretold sim -m experiment=llama3_405b cluster.nodes=512,1024,2048     a sweep; with fast=true in closed form, thousands of points
   foretold sim replicas=20                       twenty seeds: the median, with the 10th and 90th percentile
 """
 OPTIONS = {
     "plan": ("", "file of a plan that another command wrote; overrides still apply"),
     "json": ("false", "print summary.json and nothing else"),
     "vs": ("", "overrides of a second plan, with blanks between: both columns, the difference and its causes"),
+    "fast": ("false", "with -m: the runs in closed form instead of simulated lives, thousands of points in this process"),
     "replicas": ("1", "lives to simulate, one a seed; the first writes the record"),
     "runs": ("runs", "folder of the records"),
 }
@@ -50,6 +53,8 @@ def main(args: list[str]) -> int:
         print(explain("sim", USAGE, OPTIONS, next(iter(args[wish + 1 :]), "")))
         return 0
     options, overrides = split(args, OPTIONS)
+    if "-m" in overrides or "--multirun" in overrides:
+        return many([word for word in overrides if word not in ("-m", "--multirun")], options)
     quiet, lives = flag(options, "json"), count(options, "replicas")
     plan = load(overrides, options["plan"])
     if options["vs"]:
@@ -61,6 +66,20 @@ def main(args: list[str]) -> int:
     again = [f"plan={options['plan']}"] * bool(options["plan"]) + overrides
     print(json.dumps(told) if quiet else table(plan, told["quantities"]) + farewell(folder, again))
     return 0
+
+
+def many(overrides: list[str], options: Mapping[str, str]) -> int:
+    """Predict every point of a sweep; status 1 when some were passed over."""
+    from sim import sweep
+
+    settings = [word for word in overrides if word.startswith("hydra")]
+    points = expand([word for word in overrides if word not in settings])
+    frame, path = sweep.run(points, options, predict, settings, flag(options, "fast"), count(options, "replicas"))
+    if flag(options, "json"):
+        print(json.dumps({"points": json.loads(frame.to_json(orient="records")), "table": str(path)}))
+    else:
+        print(f"{sweep.told(frame, varied(points))}\n\ntable: {path}\nnext:  foretold analysis sweep table={shlex.quote(str(path))}")
+    return int(frame["problem"].notna().any())
 
 
 def words(text: str) -> list[str]:

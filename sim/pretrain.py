@@ -5,9 +5,10 @@ when a fault strikes on the way, the distance walked follows from the pace.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import simpy
 
 from conf.errors import Refused
@@ -33,14 +34,22 @@ class Pace:
     tokens_per_s: float
 
 
+def paces(plans: Sequence[Plan]) -> list[Pace]:
+    """The step model's answer for each plan."""
+    s = steps(plans)
+    names = ("compute", "communication", "bubble", "optimizer")
+    seconds = np.stack([getattr(s, name) for name in names])
+    found = []
+    for i, (parts, total) in enumerate(zip(seconds.T, seconds.sum(axis=0), strict=True)):
+        mix = {name: float(part / total) for name, part in zip(names, parts, strict=True) if part > 0}
+        numbers = (float(column[i]) for column in (s.evaluate, s.memory, s.mfu, s.tokens_per_s))
+        found.append(Pace(float(s.step_time[i]), mix, *numbers))
+    return found
+
+
 def pace(plan: Plan) -> Pace:
     """The step model's answer for one plan."""
-    s = steps([plan])
-    parts = {state: float(getattr(s, state)[0]) for state in ("compute", "communication", "bubble", "optimizer")}
-    total = sum(parts.values())
-    mix = {state: seconds / total for state, seconds in parts.items() if seconds > 0}
-    numbers = (float(column[0]) for column in (s.evaluate, s.memory, s.mfu, s.tokens_per_s))
-    return Pace(float(s.step_time[0]), mix, *numbers)
+    return paces([plan])[0]
 
 
 class Pretraining:

@@ -13,7 +13,7 @@ ARROWS = {"conf": set(), "sim": {"conf"}, "real": {"conf"}, "analysis": {"conf",
 HOMES = {"simpy": {"sim"}, "torch": {"real"}, "matplotlib": {"analysis"}, "hydra": {"conf"}, "omegaconf": {"conf"}}
 # Modules without a twin; ARCHITECTURE.md says why for each.
 ALONE = {
-    "sim": {"failures", "story", "whatif"},
+    "sim": {"failures", "story", "whatif", "expect", "sweep"},
     "real": {"bigram", "data", "measure", "model", "optim", "progress", "slurm", "stage"},
 }
 

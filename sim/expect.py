@@ -1,0 +1,78 @@
+"""A run in closed form: what its many possible lives come to on average, in microseconds, for sweeps of thousands of plans.
+
+Failures strike steps at a constant rate; each costs the work since the last checkpoint and a fixed time down. The mean
+share of useful time is exact for that (renewal reward; Daly 2006 with failures only while running):
+
+    eta = rate tau / ((1 + rate down) (exp(rate (tau + save)) − 1)),   tau the work between checkpoints
+
+What only a simulated life knows is left out: waiting for spares, failures while coming up, the hour of the day, the data
+stages.
+"""
+
+import math
+
+from conf.arithmetic import flops_per_token, state_bytes
+from conf.plan import Plan
+from sim.failures import population, rate
+from sim.kernels import rates
+from sim.power import Meter
+from sim.pretrain import Pace
+from sim.summary import loss
+
+HOUR = 3600.0
+
+
+def expected(plan: Plan, pace: Pace) -> dict[str, float]:
+    """Quantities of the run by name, means over lives."""
+    speed, falls = rates(plan), rate(plan)
+    save, load = (float(state_bytes(plan.model)) / bandwidth for bandwidth in (speed.storage_write, speed.storage_read))
+    down = _down(plan, speed.init + load)
+    budget = math.inf if plan.train.stop_after is None else plan.train.stop_after
+    whole = math.inf if plan.train.steps is None else plan.train.steps * pace.step_time
+    work = min(plan.checkpoint.every * pace.step_time if plan.checkpoint.every else math.inf, whole, budget)
+    pause = save + (work / (plan.train.evaluate_every * pace.step_time) * pace.evaluate if plan.train.evaluate_every else 0.0)
+    eta = useful(falls, work, pause, down)
+    wall = min(speed.init + (whole / eta if eta else math.inf), budget)
+    done = min(whole, max(0.0, wall - speed.init) * eta)
+    tokens = done / pace.step_time * plan.tokens_per_step
+    up = 1 / (1 + falls * down)
+    told = {"pretrain.step_time": pace.step_time, "pretrain.tokens_per_s": pace.tokens_per_s, "pretrain.mfu": pace.mfu,
+            "pretrain.peak_memory": pace.memory, "run.wall_clock": wall, "run.tokens": tokens, "run.ettr": done / wall,
+            "run.interruptions": falls * wall * up,
+            "run.flops": tokens * float(flops_per_token(plan.model, plan.train.seq_len))}  # fmt: skip
+    if plan.law.name != "none" and tokens:
+        told["pretrain.final_loss"] = loss(plan, tokens)
+    return told | _drawn(plan, pace, wall, steps=up * work / (work + pause))
+
+
+def useful(falls: float, work: float, pause: float, down: float) -> float:
+    """Mean share of the time in work that counts.
+
+    >>> round(useful(falls=1 / 11136, work=900, pause=6, down=300), 3)  # Llama 3's failures, F1 of the notes: 0.928
+    0.928
+    """
+    exponent = falls * (work + pause)
+    if exponent > 700:
+        return 0.0
+    growth = math.expm1(exponent) / exponent if exponent else 1.0
+    return work / ((1 + falls * down) * (work + pause) * growth)
+
+
+def _down(plan: Plan, back: float) -> float:
+    """Mean time from a failure to the next step: over causes, by their rates."""
+    total, failures = rate(plan), plan.failures
+    spent = 0.0
+    for cause in failures.causes.values():
+        noticed = 0.0 if cause.planned else failures.detect + failures.diagnose
+        swapped = 0.0 if cause.per == "job" else failures.reallocate
+        spent += cause.rate * population(plan, cause) * (noticed + swapped + back)
+    return spent / total if total else 0.0
+
+
+def _drawn(plan: Plan, pace: Pace, wall: float, steps: float) -> dict[str, float]:
+    """Energy, carbon, hours and money of ranks that spend the share `steps` of the time in steps and the rest in other states."""
+    meter = Meter(plan, pace.mix)
+    energy = wall * (steps * meter.watts(pace.mix) + (1 - steps) * meter.watts({"init": 1.0}))
+    hours = (plan.ranks + plan.cluster.spares * plan.cluster.gpus_per_node) * wall / HOUR
+    return {"run.gpu_hours": hours, "run.cost": hours * plan.price.gpu_hours[plan.gpu.name].mid, "run.energy": energy,
+            "run.carbon_location": energy * plan.grid.intensity}  # fmt: skip
