@@ -19,6 +19,7 @@ OPTIONS = {
 PANELS = {"pretrain.mfu": (1.0, "MFU"), "run.tokens": (1e12, "tokens [T]"), "run.wall_clock": (86400.0, "wall clock [d]"),
           "run.cost": (1e6, "cost [million USD]"), "run.carbon_location": (1e6, "carbon [tCO2e]"),
           "pretrain.peak_memory": (1e9, "memory a device [GB]")}  # fmt: skip
+FLAT = 1e-3  # relative change below which a quantity is the same everywhere
 MANY = 8  # lines in one panel, the rest is left to the table
 
 
@@ -54,7 +55,7 @@ def draw(frame: pd.DataFrame, out: Path) -> None:
     names = list(frame.columns[1 : list(frame.columns).index("plan")])
     across = axis(good, names)
     others = [name for name in names if name != across]
-    panels = [name for name in PANELS if name in good and good[name].nunique() > 1] or ["pretrain.mfu"]
+    panels = [name for name in PANELS if name in good and good[name].max() > good[name].min() * (1 + FLAT)] or ["pretrain.mfu"]
     width = min(3, len(panels))
     figure = Figure(figsize=(4.2 * width, 3.2 * -(-len(panels) // width)), layout="constrained", dpi=150)
     plots: Any = figure.subplots(-(-len(panels) // width), width, squeeze=False)
@@ -65,7 +66,7 @@ def draw(frame: pd.DataFrame, out: Path) -> None:
             x = points[across] if across else [str(value) for value in points[names].agg(" ".join, axis=1)] if names else points["point"]
             plot.plot(x, points[panel] / size, marker="o", markersize=3, label=label)
         plot.set(title=title, xlabel=across or "")
-        plot.set_ylim(bottom=0)
+        plot.set_ylim(0, 1.08 * good[panel].max() / size)
         plot.grid(alpha=0.3)
     for plot in plots.flat[len(panels) :]:
         plot.set_visible(False)

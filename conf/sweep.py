@@ -4,6 +4,7 @@ Hydra never sees the plans, only the points' numbers: each is composed by `load`
 line like any bad plan, and costs the others nothing.
 """
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -36,8 +37,19 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         (points,) = BasicSweeper.split_arguments(parsed, None)
     except HydraException as error:
-        raise Refused(f"-m: {' '.join(str(error).split())}") from error
+        raise Refused(f"-m: {' '.join(str(error).split()).partition(' See https')[0]}") from error
     return [list(point) for point in points]
+
+
+def bare(value: str) -> str:
+    r"""A value without what Hydra's grammar puts around it.
+
+    >>> bare("10\\ gCO2e/kWh"), bare("'2 h'")
+    ('10 gCO2e/kWh', '2 h')
+    """
+    if value[:1] in ("'", '"') and value[:1] == value[-1:]:
+        value = value[1:-1]
+    return re.sub(r"\\(.)", r"\1", value)
 
 
 def varied(points: Sequence[Sequence[str]]) -> list[str]:

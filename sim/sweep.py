@@ -17,7 +17,7 @@ from conf.plan import Plan
 from conf.program import load, vary
 from conf.record import QUANTITIES
 from conf.schema import keys
-from conf.sweep import deal, varied
+from conf.sweep import bare, deal, varied
 from conf.units import show
 from sim.expect import expected
 from sim.pretrain import paces
@@ -45,7 +45,8 @@ class Task:
             row = {"problem": "; ".join(refused.problems)}
         write(self.folder / f"{number}.json", json.dumps({"point": number} | row))
         done = len(list(self.folder.glob("*.json")))
-        print(f"\r\033[K{done} of {self.count} points", end="" if sys.stderr.isatty() and done < self.count else "\n", file=sys.stderr)
+        start, end = ("\r\033[K", "" if done < self.count else "\n") if sys.stderr.isatty() else ("", "\n")
+        print(f"{start}{done} of {self.count} points", end=end, file=sys.stderr, flush=True)
 
 
 def name_of(points: Sequence[Sequence[str]], base: str) -> str:
@@ -94,7 +95,7 @@ def _plan(point: Sequence[str], moving: set[str], base: str, compose: dict[tuple
     whole = compose[still]
     if whole is None:
         return load(point, base)
-    return vary(whole, {name: value.strip("'\"") for name, _, value in split if name in moving})
+    return vary(whole, {name: bare(value) for name, _, value in split if name in moving})
 
 
 def table(points: Sequence[Sequence[str]], rows: Sequence[Row]) -> pd.DataFrame:
@@ -115,7 +116,7 @@ def _number(text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    return text.strip("'\"")
+    return bare(text)
 
 
 def save(frame: pd.DataFrame, path: Path) -> None:
