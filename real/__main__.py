@@ -1,6 +1,7 @@
 """`foretold real`: execute a plan, or parts of it, or measure this machine."""
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,6 +56,7 @@ def _main(args: list[str]) -> int:
     options, overrides = split(args, OPTIONS)
     quiet, fresh, only = flag(options, "json"), flag(options, "fresh"), _parts(options["only"])
     plan = load(overrides, options["plan"])
+    again = [f"plan={options['plan']}"] * bool(options["plan"]) + overrides
     measure = bool(set(only) & set(MEASURES))
     home = Path(options["runs"]).resolve() / plan.id
     folder = home / ("measure" if measure else "real")
@@ -71,10 +73,10 @@ def _main(args: list[str]) -> int:
         try:
             told = _run(plan, folder, only)
         except KeyboardInterrupt:
-            words = " ".join(["foretold real", *overrides])
+            words = shlex.join(["foretold", "real", *again])
             print(f"\nstopped; the record so far is in {folder}; go on with: {words}", file=sys.stderr)
             return 130
-        _result(plan, told, folder, overrides)
+        _result(plan, told, folder, again)
     if quiet:
         print((folder / "summary.json").read_text())
     return 0
@@ -161,7 +163,7 @@ def _announce(plan: Plan, folder: Path) -> None:
     print(f"{steps} of {batch}, {plan.accumulation} micro-batches of {plan.train.micro_batch} a rank; record in {folder}", flush=True)
 
 
-def _result(plan: Plan, told: dict[str, Any], folder: Path, overrides: Sequence[str]) -> None:
+def _result(plan: Plan, told: dict[str, Any], folder: Path, again: Sequence[str]) -> None:
     quantities = told["quantities"]
     shown = {n: show(q["value"], q["unit"]) for n, q in quantities.items() if not n.startswith("state.")}
     print()
@@ -171,7 +173,8 @@ def _result(plan: Plan, told: dict[str, Any], folder: Path, overrides: Sequence[
     if folder.name == "measure":
         print("next: foretold analysis calibrate")
     else:
-        print("next: foretold analysis compare" if read_summary(folder.parent / "sim") else f"next: foretold sim {' '.join(overrides)}")
+        foretold = read_summary(folder.parent / "sim") is not None
+        print("next:", "foretold analysis compare" if foretold else shlex.join(["foretold", "sim", *again]))
 
 
 if __name__ == "__main__":
