@@ -92,7 +92,14 @@ class Moe(Node):
     shared: int = say("experts that every token visits", 0, must=NOT_NEGATIVE)
     ffn: int = say("width of one expert's feed-forward", 0, must=NOT_NEGATIVE)
     dense_layers: int = say("leading layers whose feed-forward is dense", 0, must=NOT_NEGATIVE)
-    node_limit: Optional[int] = say("servers among which a token's experts may lie; null = all", None, must=POSITIVE)
+    groups: int = say("groups into which the experts are parted, one a server in DeepSeek-V3", 1, must=POSITIVE)
+    node_limit: Optional[int] = say("groups (servers) among which a token's experts may lie; null = all", None, must=POSITIVE)
+    score: str = say("how the router scores: softmax over all experts, or a sigmoid for each", "softmax", must=("softmax", "sigmoid"))
+    normalise: bool = say("whether the weights of a token's experts are scaled to sum to 1", True)
+    scale: float = say("factor on the weights of a token's experts", 1.0, must=POSITIVE)
+    balance: str = say("load balancing: none, loss (a share of the loss, by sequence) or bias (a bias when choosing)", "none",
+                       must=("none", "loss", "bias"))  # fmt: skip
+    balance_rate: float = say("weight of the balancing loss, or step of the balancing bias", 0.001, must=NOT_NEGATIVE)
 
 
 @dataclass(kw_only=True)
@@ -102,6 +109,17 @@ class Mla(Node):
     kv_rank: int = say("width of the compressed keys and values; 0 = ordinary attention", 0, must=NOT_NEGATIVE)
     q_rank: int = say("width of the compressed queries; 0 = not compressed", 0, must=NOT_NEGATIVE)
     rope: int = say("width of a head's rotary part, beside model.head", 0, must=NOT_NEGATIVE)
+
+
+@dataclass(kw_only=True)
+class RopeScaling(Node):
+    """Rotary frequencies stretched for contexts longer than those of the first training; without a factor they are as they are."""
+
+    kind: str = say("none, linear (every frequency) or llama3 (slow frequencies only)", "none", must=("none", "linear", "llama3"))
+    factor: float = say("how many times longer the context becomes", 1.0, must=POSITIVE)
+    low: float = say("llama3: turns over the original context below which a frequency is stretched", 1.0, must=POSITIVE)
+    high: float = say("llama3: turns above which it is kept", 4.0, must=POSITIVE)
+    original: int = say("llama3: context of the first training", 8192, must=POSITIVE)
 
 
 @dataclass(kw_only=True)
@@ -123,6 +141,7 @@ class Model(Node):
     layer_norm: bool = say("LayerNorm and a bias for every matrix (as GPT-3) instead of RMSNorm and none", False)
     qk_norm: bool = say("RMSNorm over each query's and key's head", False)
     rope_theta: float = say("base of the rotary frequencies", must=POSITIVE)
+    rope_scaling: RopeScaling = say("stretching of the rotary frequencies", RopeScaling)
     norm_epsilon: float = say("epsilon of the norms", must=POSITIVE)
     moe: Moe = say("mixture of experts", Moe)
     mla: Mla = say("multi-head latent attention", Mla)
@@ -162,6 +181,10 @@ class Tokenizer(Node):
     source: str = say("where the expectations come from")
 
 
+# Pipeline schedules, and how many virtual stages a rank holds: exactly one, exactly two, or two and more.
+SCHEDULES = {"gpipe": "1", "1f1b": "1", "interleaved": "2+", "zero_bubble": "2+", "zbv": "2", "dualpipev": "2"}
+
+
 @dataclass(kw_only=True)
 class Mesh(Node):
     """Axes of the device mesh; their product is the number of ranks."""
@@ -172,7 +195,15 @@ class Mesh(Node):
     tp: int = say("tensor parallel: ranks that share each matrix, with sequence parallelism", must=POSITIVE)
     pp: int = say("pipeline parallel: stages", must=POSITIVE)
     ep: int = say("expert parallel: neighbouring ranks of tp, cp and dp_shard among which the experts are spread", 1, must=POSITIVE)
-    vpp: int = say("virtual stages on each pipeline rank (interleaved schedule); 1 = plain 1F1B", must=POSITIVE)
+    vpp: int = say("virtual stages on each pipeline rank; above 1 for the interleaved schedules, 2 for the V-shaped ones", must=POSITIVE)
+    schedule: str = say("pipeline schedule: auto = 1f1b, or interleaved if vpp > 1", "auto", must=("auto", *SCHEDULES))
+    cp_kind: str = say("context parallelism: ring (keys travel), gather (keys are gathered) or ulysses (heads are traded)", "ring",
+                       must=("ring", "gather", "ulysses"))  # fmt: skip
+
+    @property
+    def pipeline(self) -> str:
+        """The schedule, with auto resolved."""
+        return self.schedule if self.schedule != "auto" else "interleaved" if self.vpp > 1 else "1f1b"
 
 
 @dataclass(kw_only=True)
@@ -186,11 +217,18 @@ class Train(Node):
     steps: Optional[int] = say("optimizer steps; null = until stop_after")
     stop_after: Optional[Seconds] = say("wall clock after which training stops; null = never")
     fused_attention: bool = say("whether attention keeps its scores on the chip (FlashAttention), as all do since 2022", True)
-    recompute: str = say("activations recomputed in the backward pass: none or full", must=("none", "full"))
-    learning_rate: float = say("peak learning rate of AdamW", must=POSITIVE)
+    recompute: str = say("activations recomputed in the backward pass: none, selective (all but matrix products and attention) or full",
+                         must=("none", "selective", "full"))  # fmt: skip
+    compile: bool = say("whether torch.compile fuses each block", False)
+    z_loss: float = say("weight of the squared log-partition in the loss (PaLM, section 5), which keeps logits small", 0.0,
+                        must=NOT_NEGATIVE)  # fmt: skip
+    optimizer: str = say("adamw, adamw8bit (moments in 8 bits; needs the extra adam8bit) or muon (on the matrices of the blocks)", "adamw",
+                         must=("adamw", "adamw8bit", "muon"))  # fmt: skip
+    document_mask: bool = say("whether a token attends only to its own document, where several are packed into a sequence", False)
+    learning_rate: float = say("peak learning rate", must=POSITIVE)
     final_rate: float = say("last learning rate as a share of the peak", must=SHARE)
     warmup: int = say("steps of linear warm-up", must=NOT_NEGATIVE)
-    schedule: str = say("cosine, wsd or constant", must=("cosine", "wsd", "constant"))
+    schedule: str = say("cosine, linear, wsd or constant", must=("cosine", "linear", "wsd", "constant"))
     decay: float = say("share of the steps in which wsd decays", must=SHARE)
     weight_decay: float = say("weight decay of AdamW, on matrices", must=NOT_NEGATIVE)
     beta1: float = say("AdamW's beta1", must=SHARE)

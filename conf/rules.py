@@ -7,7 +7,7 @@ from typing import Any
 
 from conf.errors import nearest
 from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, leaves
-from conf.plan import Plan
+from conf.plan import SCHEDULES, Plan
 from conf.record import QUANTITIES, read_fact
 
 
@@ -19,7 +19,7 @@ def get(plan: Any, key: str) -> Any:
 
 def problems(plan: Plan) -> list[str]:
     """Every rule that the plan breaks, one line each: key and value, rule, cure."""
-    return [*_values(plan), *_shapes(plan), *_experts(plan), *_mesh(plan), *_training(plan), *_world(plan), *_facts(plan)]
+    return [*_values(plan), *_shapes(plan), *_pipeline(plan), *_experts(plan), *_mesh(plan), *_training(plan), *_world(plan), *_facts(plan)]
 
 
 def _values(plan: Plan) -> Iterator[str]:
@@ -50,6 +50,7 @@ def _shapes(plan: Plan) -> Iterator[str]:
         ("mesh.tp", tp, "model.kv_heads", model.kv_heads),
         ("mesh.tp", tp, "model.ffn", model.ffn),
         ("mesh.cp", cp, "train.seq_len", plan.train.seq_len),
+        ("mesh.tp", tp, "train.seq_len / mesh.cp", plan.train.seq_len // max(1, cp)),
     )
     for part_key, part, whole_key, whole in rules:
         if part > 0 and not _divides(part, whole):
@@ -58,8 +59,6 @@ def _shapes(plan: Plan) -> Iterator[str]:
     if stages > model.layers + 2:
         have = f"the model has {model.layers} layers"
         yield f"mesh.pp={pp} × mesh.vpp={plan.mesh.vpp} = {stages} stages, but {have}; lower mesh.pp or mesh.vpp"
-    if plan.mesh.vpp > 1 and (pp == 1 or (model.layers % stages and (model.layers + 2) % stages)):
-        yield f"mesh.vpp={plan.mesh.vpp} × mesh.pp={pp} = {stages} must divide the layers, and pp be above 1; set mesh.vpp=1"
     if model.positions == "learned" and (model.context or 0) < plan.train.seq_len:
         yield f"train.seq_len={plan.train.seq_len} exceeds the learned positions, model.context={model.context}; lower train.seq_len"
     if model.heads > 0 and model.positions == "rope" and not model.mla.kv_rank and model.head_dim % 2:
@@ -67,6 +66,28 @@ def _shapes(plan: Plan) -> Iterator[str]:
         yield f"{odd}; rotary embedding needs an even one; change model.heads"
     if model.vocab < plan.tokenizer.vocab:
         yield f"model.vocab={model.vocab} is smaller than tokenizer.vocab={plan.tokenizer.vocab}; set model.vocab={plan.tokenizer.vocab}"
+
+
+def _pipeline(plan: Plan) -> Iterator[str]:
+    model, mesh = plan.model, plan.mesh
+    if mesh.pp == 1:
+        if mesh.vpp > 1 or mesh.schedule != "auto":
+            yield f"mesh.vpp={mesh.vpp}, mesh.schedule={mesh.schedule}: mesh.pp=1 is no pipeline; set mesh.vpp=1 mesh.schedule=auto"
+        return
+    wanted = SCHEDULES.get(mesh.pipeline, "1")
+    if not (mesh.vpp >= 2 if wanted == "2+" else mesh.vpp == int(wanted)):
+        fitting = [name for name, count in SCHEDULES.items() if count == ("1" if mesh.vpp == 1 else "2+")]
+        yield f"mesh.schedule={mesh.pipeline} needs mesh.vpp={wanted.replace('2+', '2 or more')}, it is {mesh.vpp}; {fitting[-1]} takes it"
+    stages = mesh.pp * mesh.vpp
+    if mesh.vpp > 1 and model.layers % stages and (model.layers + 2) % stages:
+        yield f"mesh.vpp={mesh.vpp} × mesh.pp={mesh.pp} = {stages} must divide the layers, {model.layers}; set mesh.vpp=1"
+    least = {"dualpipev": 2 * mesh.pp}.get(mesh.pipeline, 1)
+    step = mesh.pp if mesh.pipeline in ("interleaved", "zero_bubble") and plan.accumulation > mesh.pp else 1
+    if plan.accumulation < least or plan.accumulation % step:
+        rule = f"a multiple of mesh.pp={mesh.pp}" if step > 1 else f"{least} or more"
+        share = plan.dp * plan.train.micro_batch
+        yield (f"mesh.schedule={mesh.pipeline} needs {rule} micro-batches, the plan has {plan.accumulation}; "
+               f"set train.global_batch={max(least, -(-plan.accumulation // step) * step) * share}")  # fmt: skip
 
 
 def _experts(plan: Plan) -> Iterator[str]:

@@ -9,26 +9,30 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor
 
 from conf.errors import Refused
 from conf.files import refusal, write
 from conf.plan import Plan
+from real.initial import canonical
+from real.model import Decoder
+from real.optim import Optimizer
 from real.stage import sha256
 
 # How a full disk shows: plainly, or as a file that torch's writer finds shorter than what it wrote.
 SHORT = ("No space left", "File too large", "Disk quota", "unexpected pos")
 
 
-def save(folder: Path, plan: Plan, model: nn.Module, optimizer: Optimizer, step: int) -> int:
+def save(folder: Path, plan: Plan, parts: Sequence[Decoder], optimizer: Optimizer, step: int) -> int:
     """Save after `step` optimizer steps; all ranks call it. Returns the bytes on disk.
 
     Raises Refused when the disk is full; the previous checkpoint is untouched.
@@ -39,9 +43,8 @@ def save(folder: Path, plan: Plan, model: nn.Module, optimizer: Optimizer, step:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True, exist_ok=True)
     barrier()
-    weights, moments = get_state_dict(model, optimizer)
     try:
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside, no_dist=not dist.is_initialized())
+        dcp.save(state(parts, optimizer), checkpoint_id=aside, no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:  # torch wraps what each rank met
         if not any(sign in str(error) for sign in SHORT):
             raise
@@ -114,12 +117,30 @@ def check(path: Path, plan: Plan) -> tuple[str | None, dict[str, Any]]:
     return None, manifest
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Fill model and optimizer, bit for bit, on any number of ranks."""
-    weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+def load(path: Path, parts: Sequence[Decoder], optimizer: Optimizer, step: int) -> None:
+    """Fill model and optimizer, bit for bit, on this mesh, whichever mesh wrote them."""
+    optimizer.begin()
+    dcp.load(state(parts, optimizer), checkpoint_id=path, no_dist=not dist.is_initialized())
+    for _, _, moments in optimizer.state():
+        for key, value in moments.items():
+            if key == "step":
+                moments[key] = torch.full_like(value, float(step)) if isinstance(value, Tensor) else step
+
+
+def state(parts: Sequence[Decoder], optimizer: Optimizer) -> dict[str, Tensor]:
+    """Every tensor that a run goes on from, by name; shards of a parameter are DTensors, so that any mesh can read them."""
+    found = {f"model.{canonical(part, name)}": p.detach() for part in parts for name, p in part.named_parameters()}
+    found |= {f"model.{name}": b for part in parts for name, b in part.named_buffers() if name.endswith("correction_bias")}
+    for name, parameter, moments in optimizer.state():
+        found |= {f"optimizer.{name}.{key}": _like(value, parameter) for key, value in moments.items() if key != "step"}
+    return found
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A moment, laid out over the ranks as its parameter is."""
+    if isinstance(value, DTensor) or not isinstance(parameter, DTensor):
+        return value
+    return DTensor.from_local(value, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride())
 
 
 def rank() -> int:

@@ -50,9 +50,11 @@ def check(plan: Plan) -> None:
         what = f"gpu.kind=cuda asks for {plan.ranks} GPUs, this machine has {have}"
     else:
         have = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        what = f"the plan has {plan.ranks} ranks, this machine has {have} cores for them"
-    if plan.ranks > have:
-        raise Refused(f"{what}; set cluster.gpus_per_node={max(1, have)}" + ("" if have else ", or gpu=cpu_core"))
+        what = f"the plan has {plan.ranks} ranks on {min(plan.ranks, plan.cluster.cores_per_node)} cores, this machine has {have} cores"
+    wanted = plan.ranks if plan.gpu.kind == "cuda" else min(plan.ranks, plan.cluster.cores_per_node)
+    if wanted > have:
+        cure = f", or cluster.cores_per_node={have} for ranks that share cores" if plan.gpu.kind == "cpu" else ", or gpu=cpu_core"
+        raise Refused(f"{what}; set cluster.gpus_per_node={max(1, have)}{cure}")
 
 
 def _check_torchrun(plan: Plan) -> None:
@@ -165,7 +167,7 @@ def _rank(plan: Plan, work: Work, arguments: tuple[Any, ...]) -> None:
     if plan.gpu.kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.set_float32_matmul_precision("high")
-    if plan.ranks > 1:
+    if plan.ranks > 1 or plan.train.precision != "fp32":  # lower precision is FSDP's, on one rank too
         backend = "cpu:gloo,cuda:nccl" if plan.gpu.kind == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     work(plan, *arguments)

@@ -7,7 +7,8 @@ shuffle table to store, and the data cursor of a checkpoint is one integer.
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 
 from conf.errors import Refused
 from conf.plan import Plan
+from real.loss import IGNORED
 from real.stage import Manifest
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -59,7 +61,7 @@ class Tokens:
     def __init__(self, folder: Path, split: str, seq_len: int) -> None:
         manifest = Manifest.read(folder)
         self.seq_len = seq_len
-        self.shards = []
+        self.shards, lengths_of = [], []
         for output in manifest.outputs:
             if output["path"].startswith(split) and output["path"].endswith(".bin"):
                 path = manifest.verified(output)
@@ -70,7 +72,9 @@ class Tokens:
                     )
                 if len(lengths):
                     self.shards.append(np.memmap(path, dtype, mode="r"))
+                    lengths_of.append(lengths)
         self.starts = np.concatenate(([0], np.cumsum([len(s) for s in self.shards]))).astype(np.int64)
+        self.ends = np.cumsum(np.concatenate(lengths_of)) if lengths_of else np.zeros(0, np.int64)  # of the documents
 
     def __len__(self) -> int:
         """Windows in the stream."""
@@ -87,6 +91,11 @@ class Tokens:
             parts.append(part)
             left, start, shard = left - len(part), start + len(part), shard + 1
         return np.concatenate(parts).astype(np.int64)
+
+    def documents(self, index: int) -> np.ndarray:
+        """The document of each token of window `index`, counted from the start of the stream."""
+        start = index * self.seq_len
+        return np.searchsorted(self.ends, np.arange(start, start + self.seq_len + 1), side="right")
 
 
 class Order:
@@ -124,8 +133,40 @@ def refuse_small(tokens: Tokens, plan: Plan, split: str) -> None:
         raise Refused(f"the {split} split of data.path={plan.data.path} has {have}; {wanted}; give more text, or lower train.seq_len")
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of a rank: inputs and targets [B, T], int64, and the document of each input token when they matter."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    documents: torch.Tensor | None
+
+    def take(self, positions: torch.Tensor) -> "Batch":
+        """The columns that a context-parallel rank holds."""
+        return Batch(*(None if x is None else x[:, positions] for x in (self.inputs, self.targets, self.documents)))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in (self.inputs, self.targets, self.documents)))  # type: ignore[arg-type]
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Micro-batches of so many sequences."""
+        for start in range(0, len(self.inputs), size):
+            part = slice(start, start + size)
+            yield Batch(self.inputs[part], self.targets[part], None if self.documents is None else self.documents[part])
+
+
+def batch_of(tokens: Tokens, windows: Sequence[int], document_mask: bool) -> Batch:
+    """The sequences of these windows; across a document's end nothing is predicted when documents are kept apart."""
+    both = torch.from_numpy(np.stack([tokens.window(i) for i in windows]))
+    inputs, targets = both[:, :-1], both[:, 1:]
+    if not document_mask:
+        return Batch(inputs, targets, None)
+    documents = torch.from_numpy(np.stack([tokens.documents(i) for i in windows]))
+    return Batch(inputs, targets.where(documents[:, :-1] == documents[:, 1:], IGNORED), documents[:, :-1])
+
+
 class Batches:
-    """Micro-batches of one data-parallel rank, from step `first` on."""
+    """The sequences of one data-parallel rank, step by step."""
 
     def __init__(self, tokens: Tokens, plan: Plan, dp_rank: int) -> None:
         self.tokens, self.plan, self.dp_rank = tokens, plan, dp_rank
@@ -137,13 +178,9 @@ class Batches:
         first = step * self.plan.train.global_batch + self.dp_rank * share
         return range(first, first + share)
 
-    def micro_batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Inputs and targets [B, T], int64, one pair a micro-batch."""
-        size, samples = self.plan.train.micro_batch, self.samples(step)
-        for start in range(0, len(samples), size):
-            windows = np.stack([self.tokens.window(self.order[i]) for i in samples[start : start + size]])
-            batch = torch.from_numpy(windows)
-            yield batch[:, :-1], batch[:, 1:]
+    def step(self, step: int) -> Batch:
+        """All that this rank works on in a step."""
+        return batch_of(self.tokens, [self.order[i] for i in self.samples(step)], self.plan.train.document_mask)
 
 
 def token_bytes(folder: Path) -> np.ndarray:

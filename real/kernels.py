@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
-from conf.plan import Plan
+from conf.plan import Mla, Model, Moe, Plan
 from real.cluster import device
-from real.model import Block, loss_sum, rotary, rotate
+from real.loss import loss_sum
+from real.model import Block, rotary, rotate
 
 Row = dict[str, Any]
 FORGOTTEN = 64_000_000  # bytes: more than a large last-level cache holds
@@ -87,7 +87,7 @@ def _operations(where: torch.device, dtype: torch.dtype, scale: int) -> Iterator
         yield Operation("add", {"m": m, "k": k}, torch.add, (tensor(m, k), tensor(m, k)))
         yield Operation("embedding", {"m": m, "k": k, "n": 2048}, _embedding(m, where), (tensor(2048, k),))
     for batch, seq, heads, width in ((8, 128, 6, 32), (4, 512, 4, 48), (2, 1024, 8, 64)):
-        cos, sin = (t.to(dtype) for t in rotary(seq, width, 1e4, where))
+        cos, sin = (t.to(dtype) for t in rotary(torch.arange(seq, device=where), width, 1e4))
         x = tensor(batch * scale, heads, seq, width)
         yield Operation("rotary", {"m": batch * scale * seq, "k": heads * width}, lambda x, c=cos, s=sin: rotate(x, c, s), (x,))
     for m, n in ((512, 2048), (1024, 4096), (2048, 2048), (256, 8192)):
@@ -159,14 +159,14 @@ def _blocks(plan: Plan, where: torch.device, dtype: torch.dtype, scale: int) -> 
         hidden, ffn, heads = hidden * scale, ffn * scale, heads * min(scale, 8)
         shape = {"batch": batch, "seq": seq * min(scale, 8), "heads": heads, "kv_heads": heads, "k": hidden, "n": ffn}
         settings = {"layers": 1, "hidden": hidden, "heads": heads, "kv_heads": heads, "ffn": ffn}
-        block = Block(plan.model.but(**settings)).to(where, dtype)
-        cos, sin = (t.to(dtype) for t in rotary(shape["seq"], hidden // heads, 1e4, where))
+        block = Block(_plain(plan.model).but(**settings), 0).to(where, dtype)
+        cos, sin = (t.to(dtype) for t in rotary(torch.arange(shape["seq"], device=where), hidden // heads, 1e4))
         x = torch.randn(batch, shape["seq"], hidden, device=where, dtype=dtype, requires_grad=True)
 
         times: dict[str, list[float]] = {"forward": [], "backward": []}
         for _ in range(12):
             began = _now(where)
-            out = block(x, cos, sin)
+            out = block(x, (cos, sin), None)
             between = _now(where)
             out.backward(out.detach())
             times["forward"].append(between - began)
@@ -175,6 +175,11 @@ def _blocks(plan: Plan, where: torch.device, dtype: torch.dtype, scale: int) -> 
         for stage, seconds in times.items():
             typical = statistics.fmean(seconds[2:])
             yield _row(plan, "block", stage, shape, typical) | {"cv": statistics.stdev(seconds[2:]) / typical}
+
+
+def _plain(model: Model) -> Model:
+    """A dense model with ordinary attention: what the fit of whole blocks is about."""
+    return model.but(moe=Moe(), mla=Mla(), head=None, gated=True, positions="rope", layer_norm=False, qk_norm=False)
 
 
 def _now(where: torch.device) -> float:
@@ -188,20 +193,17 @@ def _optimizer(plan: Plan, where: torch.device, scale: int) -> Iterator[Row]:
     from real import optim
 
     for count, width in ((8, 256), (24, 256), (12, 512), (48, 64)):
-        layers = nn.ModuleList(nn.Linear(width, width * scale, bias=False, device=where) for _ in range(count))
-        if plan.ranks > 1:
-            for layer in layers:
-                fully_shard(layer)
-        adam = optim.optimizer(layers, plan.train)
-        for parameter in layers.parameters():
-            parameter.grad = torch.randn_like(parameter)
+        weights = [nn.Parameter(torch.randn(width * scale, width, device=where)) for _ in range(count)]
+        adam = torch.optim.AdamW(weights, lr=plan.train.learning_rate, fused=True)
+        grads = [torch.randn_like(weight) for weight in weights]
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad
 
-        def step(layers: nn.ModuleList = layers, adam: torch.optim.Optimizer = adam) -> None:
-            grads = optim.gradients(layers)
+        def step(grads: list[Tensor] = grads, adam: torch.optim.Optimizer = adam) -> None:
             optim.shrink(grads, optim.sum_of_squares(grads).sqrt(), 1e9)
             adam.step()
 
-        numbers = sum(optim.local(p).numel() for p in layers.parameters())
+        numbers = sum(weight.numel() for weight in weights)
         yield _row(plan, "optimizer", "step", {"m": count, "k": numbers}, best(step, where.type == "cuda", 0.1))
 
 

@@ -1,27 +1,46 @@
-"""The decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""The decoder, or the consecutive layers of it that one pipeline stage holds.
 
-Parameter names and layouts are those of Hugging Face's Llama, so that checkpoints can be exchanged. Shapes in names:
-B sequences, T tokens, D hidden, H query heads, K key-value heads, E head width, V vocabulary.
+Parameter names and layouts are those of Hugging Face's Llama and DeepSeek, so that checkpoints can be exchanged (routed
+experts are stacked). Shapes in names: B sequences, T tokens, D hidden, H query heads, G key-value heads, E head width,
+V vocabulary.
 """
 
-import hashlib
 import math
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from conf.plan import Model
+from conf.plan import Model, RopeScaling
+from real.attention import Attend
+from real.collectives import Line, gather, scatter
+from real.layers import Embedding, FeedForward, Head, Linear, RMSNorm, norm, own
+from real.moe import Mixture
+
+Angles = tuple[Tensor, Tensor] | None  # cosine and sine [T, E], or none with learned positions
 
 
-def rotary(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angle, [T, E] each (Su et al. 2021, arXiv 2104.09864)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), frequency)
+def rotary(positions_T: Tensor, width: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angle, [T, width] each (Su et al. 2021, arXiv 2104.09864)."""
+    frequency = theta ** (-torch.arange(0, width, 2, device=positions_T.device, dtype=torch.float32) / width)
+    angle = torch.outer(positions_T.float(), stretch(frequency, scaling) if scaling else frequency)
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
+
+
+def stretch(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Frequencies for a longer context. llama3: those that turn less than `low` times over the original context are
+    divided by `factor`, those above `high` kept, and between them it goes linearly."""
+    if scaling.kind == "none":
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    turns = scaling.original * frequency / (2 * math.pi)
+    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
 
 
 def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
@@ -31,111 +50,154 @@ def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Grouped-query attention."""
+
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = model.heads, model.kv_heads, model.head_dim
-        kv = self.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(model.hidden, model.hidden, bias=False)
-        self.k_proj = nn.Linear(model.hidden, kv, bias=False)
-        self.v_proj = nn.Linear(model.hidden, kv, bias=False)
-        self.o_proj = nn.Linear(model.hidden, model.hidden, bias=False)
+        self.head_dim, self.tp = model.head_dim, None
+        self.attend = Attend()
+        self.q_proj = Linear(model.hidden, model.heads * model.head_dim, bias=model.layer_norm)
+        self.k_proj = Linear(model.hidden, model.kv_heads * model.head_dim, bias=model.layer_norm)
+        self.v_proj = Linear(model.hidden, model.kv_heads * model.head_dim, bias=model.layer_norm)
+        self.o_proj = Linear(model.heads * model.head_dim, model.hidden, bias=model.layer_norm)
+        self.q_norm = RMSNorm(model.head_dim, model.norm_epsilon) if model.qk_norm else None
+        self.k_norm = RMSNorm(model.head_dim, model.norm_epsilon) if model.qk_norm else None
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        B, T, _ = x_BTD.shape
-        q, k, v = (
-            projection(x_BTD).view(B, T, heads, self.head_dim).transpose(1, 2)
-            for projection, heads in ((self.q_proj, self.heads), (self.k_proj, self.kv_heads), (self.v_proj, self.kv_heads))
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+    def forward(self, x_BTD: Tensor, angles: Angles, documents: Tensor | None) -> Tensor:
+        x_BTD = gather(x_BTD, self.tp)
+        q, k, v = (p(x_BTD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        out = self.attend(q, k, v, documents)
+        return scatter(self.o_proj(out.transpose(1, 2).flatten(2)), self.tp)
 
 
-class FeedForward(nn.Module):
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values from one narrow vector a
+    token, and one rotary key that all heads share."""
+
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(model.hidden, model.ffn, bias=False)
-        self.up_proj = nn.Linear(model.hidden, model.ffn, bias=False)
-        self.down_proj = nn.Linear(model.ffn, model.hidden, bias=False)
+        mla, hidden = model.mla, model.hidden
+        self.head_dim, self.rope, self.kv_rank, self.tp = model.head_dim, mla.rope, mla.kv_rank, None
+        self.attend = Attend()
+        wide = model.heads * (model.head_dim + mla.rope)
+        self.q_proj = None if mla.q_rank else Linear(hidden, wide, bias=False)
+        self.q_a_proj = Linear(hidden, mla.q_rank, bias=False) if mla.q_rank else None
+        self.q_a_layernorm = RMSNorm(mla.q_rank, model.norm_epsilon) if mla.q_rank else None
+        self.q_b_proj = Linear(mla.q_rank, wide, bias=False) if mla.q_rank else None
+        self.kv_a_proj_with_mqa = Linear(hidden, mla.kv_rank + mla.rope, bias=False)
+        self.kv_a_layernorm = RMSNorm(mla.kv_rank, model.norm_epsilon)
+        self.kv_b_proj = Linear(mla.kv_rank, model.heads * 2 * model.head_dim, bias=False)
+        self.o_proj = Linear(model.heads * model.head_dim, hidden, bias=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+    def forward(self, x_BTD: Tensor, angles: Angles, documents: Tensor | None) -> Tensor:
+        x_BTD = gather(x_BTD, self.tp)
+        q = self._queries(x_BTD).unflatten(-1, (-1, self.head_dim + self.rope)).transpose(1, 2)
+        narrow, turned = self.kv_a_proj_with_mqa(x_BTD).split((self.kv_rank, self.rope), -1)
+        wide = self.kv_b_proj(self.kv_a_layernorm(narrow)).unflatten(-1, (-1, 2 * self.head_dim)).transpose(1, 2)
+        k, v = wide.chunk(2, -1)
+        turned = turned.unsqueeze(1)
+        if self.rope and angles is not None:
+            plain, q_turned = q.split((self.head_dim, self.rope), -1)
+            q, turned = torch.cat((plain, rotate(q_turned, *angles)), -1), rotate(turned, *angles)
+        k = torch.cat((k, turned.expand(-1, k.shape[1], -1, -1)), -1)
+        out = self.attend(q, k, v, documents)
+        return scatter(self.o_proj(out.transpose(1, 2).flatten(2)), self.tp)
+
+    def _queries(self, x_BTD: Tensor) -> Tensor:
+        if self.q_a_proj is None or self.q_a_layernorm is None or self.q_b_proj is None:
+            assert self.q_proj is not None
+            return self.q_proj(x_BTD)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
 
 
 class Block(nn.Module):
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, index: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(model.hidden, model.norm_epsilon)
-        self.self_attn = Attention(model)
-        self.post_attention_layernorm = nn.RMSNorm(model.hidden, model.norm_epsilon)
-        self.mlp = FeedForward(model)
+        mixed = model.moe.experts > 0 and index >= model.moe.dense_layers
+        self.input_layernorm = norm(model)
+        self.self_attn = LatentAttention(model) if model.mla.kv_rank else Attention(model)
+        self.post_attention_layernorm = norm(model)
+        self.mlp = Mixture(model) if mixed else FeedForward(model, model.ffn)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin)
+    def forward(self, x_BTD: Tensor, angles: Angles, documents: Tensor | None) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), angles, documents)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
 class Decoder(nn.Module):
-    """Tokens [B, T] to logits [B, T, V]."""
+    """Tokens [B, T] to logits [B, T, V]; a pipeline stage begins or ends with [B, T, D] instead.
 
-    def __init__(self, model: Model, recompute: bool = False) -> None:
+    `layers` are the indices of its blocks, `first` and `last` whether it holds the embedding and the head.
+    """
+
+    def __init__(self, model: Model, recompute: str = "none", layers: Collection[int] | None = None, first: bool = True,
+                 last: bool = True) -> None:  # fmt: skip
         super().__init__()
-        self.shape, self.recompute = model, recompute
-        self.embed_tokens = nn.Embedding(model.vocab, model.hidden)
-        self.layers = nn.ModuleDict({str(i): Block(model) for i in range(model.layers)})
-        self.norm = nn.RMSNorm(model.hidden, model.norm_epsilon)
-        self.lm_head = nn.Linear(model.hidden, model.vocab, bias=False)
-        self._angles: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.shape, self.recompute, self.tp = model, recompute, None
+        self.spread: Callable[[int], Tensor] = torch.arange  # positions of this rank's tokens
+        self.embed_tokens = Embedding(model.vocab, model.hidden) if first else None
+        self.embed_positions = nn.Embedding(model.position_rows, model.hidden) if first and model.position_rows else None
+        self.layers = nn.ModuleDict({str(i): Block(model, i) for i in (range(model.layers) if layers is None else layers)})
+        self.norm = norm(model) if last else None
+        self.lm_head = Head(model.hidden, model.vocab, bias=False) if last else None
+        self._angles: dict[Any, Angles] = {}
         self.tie()
 
     def tie(self) -> None:
         """Share the embedding with the head; again after `to_empty`, which parts them."""
-        if self.shape.tied:
+        if self.shape.tied and self.embed_tokens is not None and self.lm_head is not None:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_BTD = self.embed_tokens(tokens_BT)
-        cos, sin = self._positions(tokens_BT.shape[1], x_BTD)
+    def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+        tokens = x.shape[1] if self.embed_tokens is not None else x.shape[1] * (self.tp.size if self.tp else 1)
+        if self.embed_tokens is not None:
+            x = self._embed(x)
+        angles = self._turns(tokens, x)
         for block in self.layers.values():
-            if self.recompute and self.training:
-                x_BTD = checkpoint(block, x_BTD, cos, sin, use_reentrant=False)
-            else:
-                x_BTD = block(x_BTD, cos, sin)
-        return self.lm_head(self.norm(x_BTD))
+            x = self._again(block, x, angles, documents) if self.recompute != "none" and self.training else block(x, angles, documents)
+        if self.norm is None or self.lm_head is None:
+            return x
+        return self.lm_head(self.norm(x))
 
-    def _positions(self, seq_len: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        key = (seq_len, like.device, like.dtype)
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        assert self.embed_tokens is not None
+        x_BTD = self.embed_tokens(tokens_BT)
+        if self.embed_positions is None:
+            return x_BTD
+        positions = self.spread(tokens_BT.shape[1]).to(x_BTD.device)
+        if self.tp:
+            positions = positions.chunk(self.tp.size)[self.tp.rank]
+        return x_BTD + own(self.embed_positions.weight)[positions]
+
+    def _again(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """The block, with its activations computed again in the backward pass."""
+        options = {"context_fn": partial(create_selective_checkpoint_contexts, _keep)} if self.recompute == "selective" else {}
+        return checkpoint(block, *inputs, use_reentrant=False, **options)  # type: ignore[no-any-return]
+
+    def _turns(self, tokens: int, like: Tensor) -> Angles:
+        if self.shape.positions != "rope":
+            return None
+        key = (tokens, like.device, like.dtype)
         if key not in self._angles:
-            cos, sin = rotary(seq_len, self.shape.head_dim, self.shape.rope_theta, like.device)
+            width = self.shape.mla.rope if self.shape.mla.kv_rank else self.shape.head_dim
+            cos, sin = rotary(self.spread(tokens).to(like.device), width, self.shape.rope_theta, self.shape.rope_scaling)
             self._angles[key] = (cos.to(like.dtype), sin.to(like.dtype))
         return self._angles[key]
 
 
-def loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Cross-entropy summed over tokens, in fp32 nats."""
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
+# Results worth their memory: products, attention, and what came over the network.
+KEPT = {
+    *(getattr(torch.ops.aten, name).default for name in (
+        "mm", "addmm", "bmm", "_grouped_mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")),
+    *(getattr(torch.ops._c10d_functional, name).default for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")),
+}  # fmt: skip
 
 
-@torch.no_grad()
-def initialise(model: Decoder, seed: int) -> None:
-    """Fill every parameter from a generator seeded by its name: the same weights whatever the mesh.
-
-    Matrices are normal with 1/sqrt(fan-in), those into the residual stream divided by sqrt(2 layers) as in GPT-2, the
-    embedding with 0.02; norms are ones.
-    """
-    deep = 1 / math.sqrt(2 * model.shape.layers)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            full = torch.ones(parameter.shape)
-        else:
-            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-            std = 0.02 if name.startswith(("embed", "lm_head")) else parameter.shape[1] ** -0.5
-            std *= deep if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            full = torch.normal(0.0, std, parameter.shape, generator=generator)
-        full = full.to(parameter.device, parameter.dtype)
-        if isinstance(parameter, DTensor):
-            local = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(local.to_local())
-        else:
-            parameter.copy_(full)
+def _keep(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,92 +1,194 @@
-"""The mesh applied to the model: who holds which part of every parameter.
+"""The mesh applied to the model: who holds which part of every parameter, and who talks to whom.
 
-Everything is built on the mesh that is handed in; the module keeps no state, so several models can live in one job.
+Everything is built on the ranks that are handed in; the module keeps no state, so several models can live in one job.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from conf.errors import Refused
 from conf.plan import Plan
-from real.model import Decoder
+from real.attention import Attend, Gathered, Ring, Ulysses, spread
+from real.collectives import Line
+from real.layers import FeedForward, Linear
+from real.model import Attention, Decoder, LatentAttention
+from real.moe import Experts, Mixture
 from real.timeline import Timeline
 
-AXES = ("dp_replicate", "dp_shard")
+# Matrices cut by outputs, whose inputs every tensor-parallel rank has, and matrices cut by inputs, whose outputs are summed.
+COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+ROWS = ("o_proj", "down_proj")
 gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the older names warn from torch 2.13 on
 scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def refuse_unbuilt(plan: Plan) -> None:
-    """What `sim` predicts and this trainer does not execute yet, one line each.
+    """What `sim` predicts and this trainer does not execute, one line each.
 
     Raises Refused.
     """
-    axes = plan.axes | {"ep": plan.mesh.ep}
-    asked = [f"mesh.{axis}={size}" for axis, size in axes.items() if axis not in AXES and size > 1]
-    found = [f"{', '.join(asked)}: real executes {' and '.join(AXES)}; sim predicts the others; set them to 1"] if asked else []
-    found += [f"{what}: real cannot execute it yet, sim predicts it; {cure}" for what, cure in _unbuilt(plan)]
+    found = [f"{what}: real cannot execute it, sim predicts it; {cure}" for what, cure in _unbuilt(plan)]
     if found:
         raise Refused(*found)
 
 
 def _unbuilt(plan: Plan) -> Iterator[tuple[str, str]]:
     """Each value that this trainer does not execute, and the one that it does."""
-    model, precision = plan.model, plan.train.precision
+    model, precision, mesh = plan.model, plan.train.precision, plan.mesh
     if plan.gpu.kind == "tpu":
         yield "gpu.kind=tpu", "choose a gpu of kind cpu or cuda, for example gpu=cpu_core"
     if precision in ("fp16", "fp8"):
         yield f"train.precision={precision}", "set train.precision=" + ("bf16" if plan.gpu.bf16_peak else "fp32")
-    if model.moe.experts:
-        yield f"model.moe.experts={model.moe.experts}", "set model.moe.experts=0 for a dense model"
-    if model.mla.kv_rank:
-        yield f"model.mla.kv_rank={model.mla.kv_rank}", "set model.mla.kv_rank=0 for ordinary attention"
-    if not model.gated:
-        yield "model.gated=false", "set model.gated=true"
-    if model.positions != "rope":
-        yield f"model.positions={model.positions}", "set model.positions=rope"
-    if model.layer_norm:
-        yield "model.layer_norm=true", "set model.layer_norm=false"
-    if model.qk_norm:
-        yield "model.qk_norm=true", "set model.qk_norm=false"
-    if model.head is not None and model.head * model.heads != model.hidden:
-        yield f"model.head={model.head} × model.heads={model.heads} is not model.hidden={model.hidden}", "set model.head=null"
+    if model.positions == "alibi":
+        yield "model.positions=alibi", "set model.positions=rope"
+    if model.moe.experts and (model.layer_norm or not model.gated):
+        yield "a mixture of experts with model.layer_norm or without model.gated", "set model.layer_norm=false model.gated=true"
+    if model.mla.kv_rank and (model.qk_norm or model.layer_norm):
+        yield "model.mla with model.qk_norm or model.layer_norm", "set model.qk_norm=false model.layer_norm=false"
+    if not plan.train.fused_attention:
+        yield "train.fused_attention=false", "set train.fused_attention=true"
+    if model.vocab % mesh.tp:
+        yield f"model.vocab={model.vocab} on mesh.tp={mesh.tp} ranks", f"set model.vocab={-(-model.vocab // mesh.tp) * mesh.tp}"
+    tokens, heads = plan.train.seq_len, model.heads // mesh.tp if model.mla.kv_rank else model.kv_heads // mesh.tp
+    if mesh.cp > 1 and mesh.cp_kind == "ulysses" and heads % mesh.cp:
+        yield f"mesh.cp_kind=ulysses with mesh.cp={mesh.cp} and {heads} heads of keys a rank", "set mesh.cp_kind=ring"
+    if mesh.cp > 1 and mesh.cp_kind != "ulysses" and tokens % (2 * mesh.cp):
+        yield f"mesh.cp_kind={mesh.cp_kind} with train.seq_len={tokens}, no multiple of 2 × mesh.cp={mesh.cp}", "set mesh.cp_kind=ulysses"
 
 
-def device_mesh(plan: Plan) -> DeviceMesh | None:
-    """The mesh of this job's ranks, or None for one rank alone."""
-    if plan.ranks == 1:
-        return None
-    return init_device_mesh(plan.gpu.kind, (plan.mesh.dp_replicate, plan.dp_shard), mesh_dim_names=AXES)
+class Axes:
+    """The mesh of a job as one rank sees it. Ranks are laid out pp, dp_replicate, dp_shard, cp, tp, outermost first.
+
+    Three meshes on the same ranks: `shards`, in which FSDP shards over dp_shard and cp together; `experts`, where the
+    ranks of dp_shard, cp and tp are dealt anew into ep neighbours that hold different experts and groups that hold the
+    same ones; `sequences`, where cp and tp share a sequence. Lines are None along axes of one rank.
+    """
+
+    def __init__(self, plan: Plan, timeline: Timeline | None = None, ranks: list[int] | None = None) -> None:
+        kind, sizes, ep = plan.gpu.kind, plan.axes, plan.mesh.ep
+        table = torch.tensor(ranks if ranks is not None else range(plan.ranks)).view(*sizes.values())
+        here = (table == dist.get_rank()).nonzero()[0].tolist()
+        self.at = dict(zip(sizes, here, strict=True))
+        pp, replicas, shards, cp, tp = sizes.values()
+        booked = timeline if kind == "cpu" and not plan.train.compile else None
+
+        def lay(**dims: int) -> DeviceMesh:
+            return DeviceMesh(kind, table.view(*dims.values()), mesh_dim_names=tuple(dims))
+
+        def line(mesh: DeviceMesh, name: str, clock: Timeline | None = booked) -> Line | None:
+            return Line(mesh.get_group(name), clock) if mesh[name].size() > 1 else None
+
+        self.shards = lay(pp=pp, dp_replicate=replicas, dp_shard=shards * cp, tp=tp)
+        self.tp, self.pp = line(self.shards, "tp"), line(self.shards, "pp", None)
+        self.experts = lay(pp=pp, dp_replicate=replicas, dp_expert=shards * cp * tp // ep, ep=ep) if plan.model.moe.experts else None
+        self.ep = line(self.experts, "ep") if self.experts else None
+        self.cp = line(lay(rest=pp * replicas * shards, cp=cp, tp=tp), "cp") if cp > 1 else None
+        self.sequence = line(lay(rest=pp * replicas * shards, sequence=cp * tp), "sequence") if self.experts else None
+        self.stage = line(lay(pp=pp, stage=plan.ranks // pp), "stage", None)
+
+    @property
+    def dp_rank(self) -> int:
+        """Which share of each batch this rank sees."""
+        return self.at["dp_replicate"] * self.shards["dp_shard"].size() // self._cp + self.at["dp_shard"]
+
+    @property
+    def _cp(self) -> int:
+        return self.cp.size if self.cp else 1
 
 
-def shard(model: Decoder, plan: Plan, mesh: DeviceMesh, timeline: Timeline) -> Decoder:
-    """FSDP2 over dp_shard, replicated over dp_replicate: one unit a block, one for norm and head, one for the embedding.
+def apply(model: Decoder, plan: Plan, axes: Axes, timeline: Timeline) -> None:
+    """Tensor, context and expert parallelism, compilation, and sharding, in this order, on a model without storage."""
+    _tensor(model, axes)
+    _context(model, plan, axes)
+    _experts(model, plan, axes)
+    if plan.train.compile:
+        compile_blocks(model)
+    _shard(model, plan, axes)
+    watch(model, plan, timeline)
 
-    A tied embedding lives in the root unit, because a parameter has one owner.
+
+def compile_blocks(model: Decoder) -> None:
+    """One compilation serves all blocks, because they are alike."""
+    for block in model.layers.values():
+        block.compile()
+
+
+def _tensor(model: Decoder, axes: Axes) -> None:
+    """Cut matrices over tp; the tokens between them are cut too (sequence parallelism, Korthikanti et al. 2022)."""
+    if axes.tp is None:
+        return
+    mesh = axes.shards["tp"]
+    for path, module in model.named_modules():
+        if isinstance(module, Experts):
+            continue
+        if hasattr(module, "tp"):
+            module.tp = axes.tp
+        name = path.split(".")[-1]
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            cut = Shard(0) if name in COLUMNS else Shard(1) if name in ROWS and key == "weight" else Replicate()
+            setattr(module, key, nn.Parameter(distribute_tensor(parameter, mesh, [cut])))
+        if name in ROWS and isinstance(module, Linear):
+            module.bias_share = float(axes.tp.rank == 0)
+    model.tie()
+
+
+def _context(model: Decoder, plan: Plan, axes: Axes) -> None:
+    """Spread each sequence over cp."""
+    kind, line = plan.mesh.cp_kind, axes.cp
+    if line is None:
+        return
+    model.spread = lambda tokens: spread(kind, tokens * line.size, line)
+    make: type[Attend] = {"ring": Ring, "gather": Gathered, "ulysses": Ulysses}[kind]
+    for module in model.modules():
+        if isinstance(module, Attention | LatentAttention):
+            module.attend = make(line)  # type: ignore[call-arg]
+
+
+def _experts(model: Decoder, plan: Plan, axes: Axes) -> None:
+    """Deal the experts out over ep, and say what balancing their load takes."""
+    for mixture in (m for m in model.modules() if isinstance(m, Mixture)):
+        mixture.sequence, mixture.ep = axes.sequence, axes.ep
+        if plan.model.moe.balance == "loss":
+            mixture.loss_weight = plan.model.moe.balance_rate / plan.train.global_batch
+        if axes.ep is not None and axes.experts is not None:
+            for key, parameter in list(mixture.experts.named_parameters(recurse=False)):
+                setattr(mixture.experts, key, nn.Parameter(distribute_tensor(parameter, axes.experts["ep"], [Shard(0)])))
+
+
+def _shard(model: Decoder, plan: Plan, axes: Axes) -> None:
+    """FSDP2, replicated over dp_replicate: one unit a block, one for its experts, one for norm and head, one for the embedding.
+
+    A tied embedding lives in the root unit, because a parameter has one owner. In a pipeline weights stay gathered for
+    the whole step.
     """
     bf16 = plan.train.precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    options: dict[str, Any] = {"mesh": mesh if plan.mesh.dp_replicate > 1 else mesh["dp_shard"], "mp_policy": policy}
+    later: dict[str, Any] = {"reshard_after_forward": False} if plan.mesh.pp > 1 else {}
+    replicas = ("dp_replicate",) if plan.mesh.dp_replicate > 1 else ()
+    common = {"mesh": axes.shards[(*replicas, "dp_shard")], "mp_policy": policy}
     for block in model.layers.values():
-        fully_shard(block, **options)
-    if not plan.model.tied:
-        fully_shard([model.norm, model.lm_head], reshard_after_forward=False, **options)
-    fully_shard(model, **options)
+        if isinstance(block.mlp, Mixture) and axes.experts is not None:
+            mesh = axes.experts[(*replicas, "dp_expert")]
+            rows = plan.model.hidden % mesh.size(-1) == plan.model.moe.ffn % mesh.size(-1) == 0  # each expert's, else whole experts
+            fully_shard(block.mlp.experts, mesh=mesh, mp_policy=policy, shard_placement_fn=lambda _, rows=rows: Shard(int(rows)), **later)
+        fully_shard(block, **common, **later)
+    if model.lm_head is not None and model.norm is not None and not (model.shape.tied and model.embed_tokens is not None):
+        fully_shard([model.norm, model.lm_head], reshard_after_forward=False, **common)
+    fully_shard(model, **common, **later)
     for unit in units(model):
         unit.set_gradient_divide_factor(1.0)  # the loss is divided by the global number of tokens
         if plan.gpu.kind == "cpu":
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
-    watch(model, plan, timeline)
-    return model
 
 
-def watch(model: torch.nn.Module, plan: Plan, timeline: Timeline) -> None:
+def watch(model: nn.Module, plan: Plan, timeline: Timeline) -> None:
     """Book the time in which FSDP2 waits for its collectives; on GPUs they run beside the compute and cannot be told apart."""
     if plan.gpu.kind == "cpu":
         for unit in units(model):
@@ -94,11 +196,11 @@ def watch(model: torch.nn.Module, plan: Plan, timeline: Timeline) -> None:
             unit.set_custom_reduce_scatter(TimedReduceScatter(timeline))
 
 
-def units(model: torch.nn.Module) -> Iterator[FSDPModule]:
+def units(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
-def synchronise(model: Decoder, last: bool) -> None:
+def synchronise(model: nn.Module, last: bool) -> None:
     """Reduce gradients in this backward pass only if it is the step's last."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
@@ -129,9 +231,3 @@ def total(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
-
-
-def autocast(plan: Plan) -> Any:
-    """bf16 compute for a rank alone; FSDP's own policy does it on a mesh."""
-    alone = plan.ranks == 1 and plan.train.precision == "bf16"
-    return torch.autocast(plan.gpu.kind, torch.bfloat16) if alone else nullcontext()

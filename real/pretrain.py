@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from conf.plan import Plan
 from conf.record import Record
 from real import bigram, checkpoint, optim, parallel
 from real.cluster import device, rank
-from real.data import Batches, Order, Tokens, refuse_small, token_bytes
+from real.data import Batch, Batches, Order, Tokens, batch_of, refuse_small, token_bytes
+from real.initial import initialise
+from real.loss import IGNORED, loss_sum
 from real.memory import Gauge
-from real.model import Decoder, initialise, loss_sum
+from real.model import Decoder
+from real.moe import balance
+from real.pipeline import Pipeline, layers_of, share_tied, stages_of
 from real.power import meter
 from real.progress import Progress
 from real.timeline import Timeline
@@ -42,63 +47,129 @@ class Start:
     predicted: float | None  # the simulator's step time [s]
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The sequences that evaluations read."""
+
+    tokens: Tokens
+    windows: list[int]
+    folder: Path  # of the tokens
+
+    @cached_property
+    def sequences(self) -> list[np.ndarray]:
+        return [self.tokens.window(i) for i in self.windows]
+
+    def bits_per_byte(self, nats: float) -> float:
+        """From nats a token: tokens / (ln 2 × bytes that the target tokens stand for)."""
+        sizes = token_bytes(self.folder)
+        targets = np.concatenate([window[1:] for window in self.sequences])
+        return nats * len(targets) / (math.log(2) * float(sizes[targets].sum()))
+
+
 class Trainer:
-    """Model, optimizer and data of one rank."""
+    """This rank's parts of the model, their optimizer and their data."""
 
     def __init__(self, plan: Plan, tokens: Tokens, timeline: Timeline) -> None:
-        self.plan, self.timeline, self.device = plan, timeline, device(plan)
-        self.mesh = parallel.device_mesh(plan)
-        self.dp_rank = rank()
+        self.plan, self.timeline, self.device, self.tokens = plan, timeline, device(plan), tokens
+        self.axes = parallel.Axes(plan, timeline) if dist.is_initialized() else None
+        self.tp = self.axes.tp if self.axes else None
+        self.pipeline: Pipeline | None = None
+        if self.axes and self.axes.pp:
+            self.parts = [self._part(number) for number in stages_of(plan, self.axes.pp.rank)]
+            self.pipeline = Pipeline(self.parts, plan, self.axes.pp, self.device, timeline, self._loss)
+        else:
+            self.parts = [self._part()]
+        self.optimizer = optim.Optimizer(self.parts, plan.train)
+        self.twice = {"embed_tokens.weight"} if plan.model.tied and self.pipeline else set[str]()  # what two stages hold
+        self.batches = Batches(tokens, plan, self.axes.dp_rank if self.axes else 0)
+        self.targets = 1.0  # that count in this step, over all ranks
+
+    def _part(self, stage: int | None = None) -> Decoder:
+        """The whole model, or one stage of it, sharded and filled."""
+        plan = self.plan
         with torch.device("meta"):
-            model = Decoder(plan.model, recompute=plan.train.recompute == "full")
-        if self.mesh is not None:
-            parallel.shard(model, plan, self.mesh, timeline)
+            if stage is None:
+                model = Decoder(plan.model, plan.train.recompute)
+            else:
+                ends = {"first": stage == 0, "last": stage == plan.mesh.pp * plan.mesh.vpp - 1}
+                model = Decoder(plan.model, plan.train.recompute, layers_of(plan, stage), **ends)
+        if self.axes is not None:
+            parallel.apply(model, plan, self.axes, self.timeline)
+        elif plan.train.compile:
+            parallel.compile_blocks(model)
         model.to_empty(device=self.device)
         model.tie()
         initialise(model, plan.seed)
-        self.model = model
-        self.optimizer = optim.optimizer(model, plan.train)
-        self.batches = Batches(tokens, plan, self.dp_rank)
+        return model
+
+    def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the mean loss a token."""
+        return loss_sum(logits, targets, self.tp, self.plan.train.z_loss) / self.targets
+
+    def _share(self, batch: Batch) -> Batch:
+        """What a context-parallel rank holds of sequences."""
+        if self.axes is None or self.axes.cp is None:
+            return batch
+        return batch.take(self.parts[0].spread(batch.inputs.shape[1] // self.axes.cp.size))
 
     def step(self, step: int) -> tuple[float, float]:
         """One optimizer step; returns the mean loss a token over all ranks and the gradient norm."""
         plan, enter = self.plan, self.timeline.enter
-        rate = optim.learning_rate(plan.train, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        told = torch.zeros((), device=self.device)
-        batches = self.batches.micro_batches(step)
-        for micro in range(plan.accumulation):
-            enter("data")
-            inputs, targets = (t.to(self.device, non_blocking=True) for t in next(batches))
-            enter("compute")
-            parallel.synchronise(self.model, last=micro == plan.accumulation - 1)
-            with parallel.autocast(plan):
-                logits = self.model(inputs)
-            loss = loss_sum(logits, targets) / plan.tokens_per_step
-            del logits
+        enter("data")
+        batch = self.batches.step(step)
+        self.targets = float(self._counted(batch))
+        batch = self._share(batch).to(self.device)
+        told = self._forward_backward(batch)
+        enter("communication")
+        share_tied(self.parts, plan, self.axes.pp if self.axes else None)
+        enter("optimizer")
+        norm = optim.clip(self.optimizer.named, plan.train.clip, self.twice)
+        self.optimizer.step(optim.learning_rate(plan.train, step))
+        self.optimizer.zero_grad()
+        for part in self.parts:
+            balance(part, self.axes.stage if self.axes else None)
+        enter("communication")
+        return float(parallel.total(told)) / plan.mesh.tp, float(norm)
+
+    def _counted(self, batch: Batch) -> int:
+        """Targets of the step that count."""
+        plan = self.plan
+        if batch.documents is None:
+            return plan.tokens_per_step
+        mine = (batch.targets != IGNORED).sum().to(self.device)
+        return int(parallel.total(mine)) * plan.dp // plan.ranks
+
+    def _forward_backward(self, batch: Batch) -> torch.Tensor:
+        """The step's gradients; returns this rank's part of the loss."""
+        if self.pipeline:
+            return self.pipeline.step(batch.inputs, batch.targets, batch.documents)
+        told, count = torch.zeros((), device=self.device), self.plan.accumulation
+        self.timeline.enter("compute")
+        for number, micro in enumerate(batch.split(self.plan.train.micro_batch)):
+            parallel.synchronise(self.parts[0], last=number == count - 1)
+            loss = self._loss(self.parts[0](micro.inputs, micro.documents), micro.targets)
             loss.backward()
             told += loss.detach()
-        enter("optimizer")
-        norm = optim.clip(self.model, plan.train.clip, plan.mesh.dp_replicate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        enter("communication")
-        return float(parallel.total(told)), float(norm)
+        return told
 
     @torch.no_grad()
-    def evaluate(self, windows: list[np.ndarray]) -> float:
-        """Mean loss a token of these windows, which the ranks share."""
-        self.model.eval()
-        mine = windows[self.dp_rank :: self.plan.dp]
-        told = torch.zeros((), device=self.device, dtype=torch.float64)
-        for start in range(0, len(mine), self.plan.train.micro_batch):
-            batch = torch.from_numpy(np.stack(mine[start : start + self.plan.train.micro_batch])).to(self.device)
-            with parallel.autocast(self.plan):
-                logits = self.model(batch[:, :-1])
-            told += loss_sum(logits, batch[:, 1:])
-        self.model.train()
-        return float(parallel.total(told)) / (len(windows) * self.plan.train.seq_len)
+    def evaluate(self, held_out: HeldOut) -> float:
+        """Mean loss a token of these sequences, which the data-parallel ranks share."""
+        plan, windows, tokens = self.plan, held_out.windows, held_out.tokens
+        for part in self.parts:
+            part.eval()
+        mine, size = windows[self.batches.dp_rank :: plan.dp], plan.train.micro_batch
+        told = torch.zeros(2, device=self.device, dtype=torch.float64)  # loss, targets
+        for start in range(0, len(mine), size):
+            batch = self._share(batch_of(tokens, mine[start : start + size], plan.train.document_mask)).to(self.device)
+            run = self.pipeline.forward if self.pipeline else self.parts[0]
+            logits = run(batch.inputs, batch.documents)
+            if logits is not None:
+                told += torch.stack((loss_sum(logits, batch.targets, self.tp), (batch.targets != IGNORED).sum()))
+        for part in self.parts:
+            part.train()
+        loss, counted = parallel.total(told).tolist()
+        return loss / counted
 
 
 def pretrain(plan: Plan, start: Start) -> None:
@@ -128,7 +199,7 @@ def pretrain(plan: Plan, start: Start) -> None:
             progress.step(step, loss, seconds)
         over = _over(plan, step, record.now() - start.launched)
         if held_out and _due(step, plan.train.evaluate_every, over):
-            _evaluate(plan, trainer, held_out, record, step, progress, start.folder)
+            _evaluate(plan, trainer, held_out, record, step, progress)
         if _due(step, plan.checkpoint.every, over):
             _save(plan, trainer, folder, record, step)
         record.flush()
@@ -158,16 +229,16 @@ def _over(plan: Plan, step: int, elapsed: float) -> bool:
     return bool(parallel.total(verdict).item() > 0)  # one verdict for all: clocks differ
 
 
-def _splits(plan: Plan, folder: Path) -> tuple[Tokens, list[np.ndarray]]:
+def _splits(plan: Plan, folder: Path) -> tuple[Tokens, HeldOut | None]:
     tokens = Tokens(folder, "train", plan.train.seq_len)
     refuse_small(tokens, plan, "train")
     if not plan.train.evaluate_sequences:
-        return tokens, []
+        return tokens, None
     rest = Tokens(folder, "held_out", plan.train.seq_len)
     refuse_small(rest, plan, "held_out")
     order = Order(len(rest), plan.seed)
     count = max(plan.dp, min(plan.train.evaluate_sequences, len(rest)) // plan.dp * plan.dp)
-    return tokens, [rest.window(order[i]) for i in range(count)]
+    return tokens, HeldOut(rest, [order[i] for i in range(count)], folder)
 
 
 def _resume(plan: Plan, trainer: Trainer, folder: Path, record: Record) -> int:
@@ -177,7 +248,7 @@ def _resume(plan: Plan, trainer: Trainer, folder: Path, record: Record) -> int:
         return 0
     path, step, passed_over = found
     with trainer.timeline.during("load"):
-        checkpoint.load(path, trainer.model, trainer.optimizer)
+        checkpoint.load(path, trainer.parts, trainer.optimizer, step)
     record.event(STAGE, "restart", step, checkpoint=path.name, passed_over=passed_over)
     if rank() == 0:
         for reason in passed_over:
@@ -204,44 +275,38 @@ def _bars(record: Record, seconds: float, states: dict[str, float], step: int) -
         start += value
 
 
-def _evaluate(plan: Plan, trainer: Trainer, windows: list[np.ndarray], record: Record, step: int, progress: Any, run: Path) -> None:
+def _evaluate(plan: Plan, trainer: Trainer, held_out: HeldOut, record: Record, step: int, progress: Any) -> None:
     trainer.timeline.enter("evaluate")
-    loss = trainer.evaluate(windows)
+    loss = trainer.evaluate(held_out)
     if rank() == 0:
         record.observe(STAGE, "held_out_loss", loss, step)
-        record.observe(STAGE, "held_out_bits_per_byte", loss * nats_to_bits_per_byte(windows, run / "tokens"), step)
+        record.observe(STAGE, "held_out_bits_per_byte", held_out.bits_per_byte(loss), step)
         record.event(STAGE, "evaluate", step, loss=loss)
         progress.say(f"held-out loss {loss:.4f} nat a token after step {step}")
     book(record, trainer.timeline, None)
 
 
-def nats_to_bits_per_byte(windows: list[np.ndarray], folder: Path) -> float:
-    """Bits a byte for one nat a token: tokens / (ln 2 × bytes that the target tokens stand for)."""
-    sizes = token_bytes(folder)
-    targets = np.concatenate([window[1:] for window in windows])
-    return len(targets) / (math.log(2) * float(sizes[targets].sum()))
-
-
 def _save(plan: Plan, trainer: Trainer, folder: Path, record: Record, step: int) -> None:
     trainer.timeline.enter("checkpoint")
-    size = checkpoint.save(folder, plan, trainer.model, trainer.optimizer, step)
+    size = checkpoint.save(folder, plan, trainer.parts, trainer.optimizer, step)
     book(record, trainer.timeline, None)
     if rank() == 0:
         record.observe(STAGE, "checkpoint_bytes", size, step)
         record.event(STAGE, "checkpoint", step, bytes=size)
 
 
-def _finish(plan: Plan, trainer: Trainer, record: Record, step: int, tokens: Tokens, held_out: list[np.ndarray],
+def _finish(plan: Plan, trainer: Trainer, record: Record, step: int, tokens: Tokens, held_out: HeldOut | None,
             peak: float, joules: float | None, start: Start) -> None:  # fmt: skip
     record.observe(STAGE, "peak_memory", peak, step)
+    count = optim.count(trainer.optimizer.named, trainer.twice)
     if rank() == 0:
-        record.observe(STAGE, "parameters", sum(p.numel() for p in trainer.model.parameters()), step)
+        record.observe(STAGE, "parameters", count, step)
         if joules is not None:
             record.observe(STAGE, "energy", joules, step)
         if held_out and step * plan.tokens_per_step <= BASELINE_TOKENS:
             trainer.timeline.enter("evaluate")
-            loss = bigram.held_out_loss(_seen(plan, tokens, step), held_out, plan.model.vocab)
-            record.observe(STAGE, "bigram_bits_per_byte", loss * nats_to_bits_per_byte(held_out, start.folder / "tokens"), step)
+            loss = bigram.held_out_loss(_seen(plan, tokens, step), held_out.sequences, plan.model.vocab)
+            record.observe(STAGE, "bigram_bits_per_byte", held_out.bits_per_byte(loss), step)
     trainer.timeline.enter("idle")
     if dist.is_initialized():
         dist.barrier()
