@@ -45,6 +45,7 @@ class Gpu(Node):
     overlap: float = say("share of the memory traffic of a kernel hidden behind its arithmetic, 0 to 1", must=SHARE)
     link_bandwidth: BitRate = say("bandwidth to the other devices of its domain (NVLink), per direction", must=POSITIVE)
     link_latency: Seconds = say("latency of one hop inside the domain", must=NOT_NEGATIVE)
+    snapshot: ByteRate = say("rate at which the state is copied aside for an asynchronous checkpoint", must=POSITIVE)
     idle_power: Watts = say("power of the idle device", must=NOT_NEGATIVE)
     max_power: Watts = say("power limit of the device")
     source: str = say("where the numbers come from")
@@ -243,6 +244,8 @@ class Train(Node):
 class Checkpoint(Node):
     every: int = say("steps between checkpoints; 0 = only at the end", must=NOT_NEGATIVE)
     keep: int = say("newest checkpoints kept", must=POSITIVE)
+    keep_every: int = say("steps between checkpoints that are kept for good; 0 = none", 0, must=NOT_NEGATIVE)
+    asynchronous: bool = say("whether training goes on while a copy of the state is written", False)
 
 
 @dataclass(kw_only=True)
@@ -369,6 +372,10 @@ class Plan(Node):
     def accumulation(self) -> int:
         """Micro-batches a step on each data-parallel rank."""
         return self.train.global_batch // (self.dp * self.train.micro_batch)
+
+    def samples(self, step: int) -> int:
+        """Sequences that the first `step` optimizer steps have seen: the data cursor."""
+        return step * self.train.global_batch
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,5 +1,6 @@
 """`foretold real`: execute a plan, or parts of it, or measure this machine."""
 
+import json
 import os
 import shlex
 import shutil
@@ -24,6 +25,9 @@ foretold real [options] [group=option] [key=value]   execute a plan
   foretold real data.path='corpus/**/*.txt'      your own text
   foretold real only=extract,dedup,tokens        some stages
   foretold real only=kernels,network             time this machine's operations, for `foretold analysis calibrate`
+  foretold real dry=true experiment=llama3_8b    what every rank would hold and send, without a GPU
+  foretold real start=runs/p0a1b2c3d4 mesh.tp=2  go on from another plan's checkpoint, on another mesh
+  foretold real export=model                     the newest checkpoint as a Hugging Face model
   torchrun --nproc-per-node 2 -m real            ranks started by torchrun
   foretold real slurm=submit cluster.nodes=2     as a job under Slurm; slurm=script writes its script and stops
 
@@ -34,6 +38,9 @@ OPTIONS = {
     "plan": ("", "file of a plan that another command wrote; overrides still apply"),
     "slurm": ("no", "no = here; script = write runs/<id>/slurm.sh, to read and edit; submit = hand it to Slurm too"),
     "fresh": ("false", "delete this plan's earlier run first"),
+    "start": ("", "begin from this run or checkpoint of any mesh, or from this folder in Hugging Face's layout"),
+    "export": ("", "write the newest checkpoint's model into this folder in Hugging Face's layout, and stop"),
+    "dry": ("false", "build everything on fake devices, say what each rank holds and sends, and stop"),
     "runs": ("runs", "folder of the records"),
     "json": ("false", "print summary.json and nothing else"),
 }
@@ -60,6 +67,11 @@ def _main(args: list[str]) -> int:
     measure = bool(set(only) & set(MEASURES))
     home = Path(options["runs"]).resolve() / plan.id
     folder = home / ("measure" if measure else "real")
+    if options["export"]:
+        return _export(plan, folder, Path(options["export"]), options)
+    if flag(options, "dry"):
+        return _dry(plan, home, quiet)
+    source = _source(options["start"])
     if options["slurm"] != "no":
         return _slurm(plan, home, options)
     _check(plan, only)
@@ -71,7 +83,7 @@ def _main(args: list[str]) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     with _quiet(quiet):
         try:
-            told = _run(plan, folder, only)
+            told = _run(plan, folder, only, source)
         except KeyboardInterrupt:
             words = shlex.join(["foretold", "real", *again])
             print(f"\nstopped; the record so far is in {folder}; go on with: {words}", file=sys.stderr)
@@ -133,10 +145,36 @@ def _slurm(plan: Plan, home: Path, options: Mapping[str, str]) -> int:
     return 0
 
 
-def _run(plan: Plan, folder: Path, only: Sequence[str]) -> dict[str, Any]:
+def _source(asked: str) -> Path | None:
+    if asked and not Path(asked).is_dir():
+        raise Refused(f"start={asked} is no folder; name a run, a checkpoint, or a Hugging Face model")
+    return Path(asked).resolve() if asked else None
+
+
+def _export(plan: Plan, folder: Path, target: Path, options: Mapping[str, str]) -> int:
+    from real import checkpoint, huggingface
+
+    path, _ = checkpoint.find(_source(options["start"]) or folder)
+    tokenizer = next((p / "tokens" / "tokenizer.json" for p in path.parents if (p / "tokens").is_dir()), None)
+    size = huggingface.export(path, plan.model, plan.train.seq_len, target, tokenizer)
+    print(f"{path.name} of {path.parent.parent} is in {target}: {huggingface.family(plan.model)}, {show(size, 'B')}")
+    return 0
+
+
+def _dry(plan: Plan, home: Path, quiet: bool) -> int:
+    from real import dry
+    from real.parallel import refuse_unbuilt
+
+    refuse_unbuilt(plan)
+    told = dry.build(plan, read_summary(home / "sim"))
+    print(json.dumps(told, indent=1) if quiet else dry.page(plan, told))
+    return 0
+
+
+def _run(plan: Plan, folder: Path, only: Sequence[str], source: Path | None) -> dict[str, Any]:
     """The stages, in the order of a life."""
     _announce(plan, folder)
-    life = Life(plan, folder, _say)
+    life = Life(plan, folder, _say, source)
     if set(only) & set(DATA):
         life.data([name for name in DATA if name in only])
     if set(only) & set(MEASURES):

@@ -125,7 +125,9 @@ class _Ring(Function):
             coming = line.shift(pair) if turn + 1 < line.size else None
             rows, columns, causal = _part(q.shape[2], line.rank, (line.rank - turn) % line.size)
             mask = _mask(q, documents, theirs, rows, columns, causal)
-            part, part_lse = _tile(q[:, :, rows], _heads(pair[0][:, :, columns], groups), _heads(pair[1][:, :, columns], groups), causal, mask)
+            part, part_lse = _tile(
+                q[:, :, rows], _heads(pair[0][:, :, columns], groups), _heads(pair[1][:, :, columns], groups), causal, mask
+            )
             whole = torch.logaddexp(lse[:, :, rows], part_lse)
             old, new = (torch.exp(x - whole).nan_to_num(0.0).unsqueeze(-1) for x in (lse[:, :, rows], part_lse))
             out[:, :, rows] = out[:, :, rows] * old + part.float() * new

@@ -1,28 +1,33 @@
-"""Checkpoints: whole or absent, verified before they are trusted.
+"""Checkpoints: whole or absent, verified before they are trusted, readable on any mesh.
 
 A checkpoint is written into a hidden folder, flushed, sealed with a manifest that holds the digest of every file, and
-renamed. A folder without its manifest is a torn checkpoint and is never read. Torch's own metadata is a pickle: it is
-read only after its digest agrees with a manifest that names this plan.
+renamed. A folder without its manifest is a torn checkpoint and is never read. Torch's own metadata is a pickle, which
+could run anything: it is read by an unpickler that knows the dozen classes it consists of and no other.
 """
 
 import errno
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from conf.errors import Refused
 from conf.files import refusal, write
-from conf.plan import Plan
+from conf.plan import Checkpoint, Plan
 from real.initial import canonical
 from real.model import Decoder
 from real.optim import Optimizer
@@ -32,31 +37,65 @@ from real.stage import sha256
 SHORT = ("No space left", "File too large", "Disk quota", "unexpected pos")
 
 
-def save(folder: Path, plan: Plan, parts: Sequence[Decoder], optimizer: Optimizer, step: int) -> int:
-    """Save after `step` optimizer steps; all ranks call it. Returns the bytes on disk.
+class Writer:
+    """Saves checkpoints into a folder; beside the training when the plan says so.
 
-    Raises Refused when the disk is full; the previous checkpoint is untouched.
+    Then `save` only copies what is to be written, and a thread of each rank writes the copy while training goes on. The
+    threads talk to each other over ranks of their own, on gloo.
     """
-    final, aside = folder / f"step-{step:08}", folder / f".step-{step:08}"
-    first = rank() == 0
-    if first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True, exist_ok=True)
-    barrier()
-    try:
-        dcp.save(state(parts, optimizer), checkpoint_id=aside, no_dist=not dist.is_initialized())
-    except (Exception, CheckpointException) as error:  # torch wraps what each rank met
-        if not any(sign in str(error) for sign in SHORT):
-            raise
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
+        self.thread = ThreadPoolExecutor(1) if plan.checkpoint.asynchronous else None
+        self.group = dist.new_group(backend="gloo") if self.thread and dist.is_initialized() else None
+        self.pending: Future[tuple[int, int]] | None = None
+
+    def save(self, tensors: dict[str, Tensor], step: int) -> list[tuple[int, int]]:
+        """Save after `step` optimizer steps; all ranks call it. Returns the steps that became safe, with their bytes on disk.
+
+        Raises Refused when the disk is full; the previous checkpoint is untouched.
+        """
+        done = self.finish()
+        if self.thread is None:
+            return [*done, self._write(tensors, step)]
+        self.pending = self.thread.submit(self._write, {name: tensor.clone() for name, tensor in tensors.items()}, step)
+        return done
+
+    def finish(self) -> list[tuple[int, int]]:
+        """Wait for what is being written."""
+        pending, self.pending = self.pending, None
+        return [pending.result()] if pending else []
+
+    def poll(self) -> list[tuple[int, int]]:
+        """What has become safe since the last look."""
+        return self.finish() if self.pending and self.pending.done() else []
+
+    def _write(self, tensors: dict[str, Tensor], step: int) -> tuple[int, int]:
+        final, aside = self.folder / f"step-{step:08}", self.folder / f".step-{step:08}"
+        first = rank() == 0
         if first:
             shutil.rmtree(aside, ignore_errors=True)
-        raise refusal(OSError(errno.ENOSPC, ""), aside) from error
-    barrier()
-    if first:
-        _seal(aside, final, plan, step)
-        _forget(folder, plan.checkpoint.keep)
-    barrier()
-    return sum(f.stat().st_size for f in final.iterdir())
+            aside.mkdir(parents=True, exist_ok=True)
+        self._barrier()
+        try:
+            with _quiet():
+                dcp.save(tensors, checkpoint_id=aside, process_group=self.group, no_dist=not dist.is_initialized())
+        except (Exception, CheckpointException) as error:  # torch wraps what each rank met
+            if not any(sign in str(error) for sign in SHORT):
+                raise
+            if first:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise refusal(OSError(errno.ENOSPC, ""), aside) from error
+        self._barrier()
+        if first:
+            _seal(aside, final, self.plan, step)
+            _forget(self.folder, self.plan.checkpoint)
+        self._barrier()
+        return step, sum(f.stat().st_size for f in final.iterdir())
+
+    def _barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier(group=self.group)
 
 
 def _seal(aside: Path, final: Path, plan: Plan, step: int) -> None:
@@ -65,15 +104,17 @@ def _seal(aside: Path, final: Path, plan: Plan, step: int) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     digests = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
-    samples = step * plan.train.global_batch
-    write(aside / "manifest.json", json.dumps({"plan": plan.id, "step": step, "samples": samples, "files": digests}, indent=1))
+    facts = {"plan": plan.id, "step": step, "samples": plan.samples(step), "seed": plan.seed, "model": plan.model.name, "files": digests}
+    write(aside / "manifest.json", json.dumps(facts, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
 
 
-def _forget(folder: Path, keep: int) -> None:
-    for old in complete(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+def _forget(folder: Path, rule: Checkpoint) -> None:
+    """Keep the newest, and those at every so many steps for good."""
+    for old in complete(folder)[: -rule.keep]:
+        if not rule.keep_every or int(old.name.split("-")[1]) % rule.keep_every:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -99,15 +140,15 @@ def newest(folder: Path, plan: Plan) -> tuple[Path, int, list[str]] | None:
     return None
 
 
-def check(path: Path, plan: Plan) -> tuple[str | None, dict[str, Any]]:
-    """Why a checkpoint cannot be used, or None; and its manifest."""
+def check(path: Path, plan: Plan | None) -> tuple[str | None, dict[str, Any]]:
+    """Why a checkpoint cannot be used, or None; and its manifest. Without a plan it may belong to any."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files, owner = manifest["files"], manifest["plan"]
-    except (ValueError, KeyError, TypeError) as error:
+        files, owner = dict(manifest["files"]), manifest["plan"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its manifest is corrupt ({error})", {}
-    if owner != plan.id:
-        return f"it belongs to plan {owner}, this is plan {plan.id}; a checkpoint goes on only under its own plan", manifest
+    if plan is not None and owner != plan.id:
+        return f"it belongs to plan {owner}, this is plan {plan.id}; start from it with start={path}", manifest
     for name, facts in files.items():
         file = path / name
         if not file.is_file():
@@ -117,10 +158,88 @@ def check(path: Path, plan: Plan) -> tuple[str | None, dict[str, Any]]:
     return None, manifest
 
 
+def find(place: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint at a place that a person named, itself or the newest sound one below it, and its manifest.
+
+    Raises Refused when there is none.
+    """
+    folders = [place] if (place / "manifest.json").is_file() and place.name.startswith("step-") else []
+    folders = folders or sorted((p.parent for p in place.glob("**/step-*/manifest.json")), key=lambda p: (p.name, p.stat().st_mtime))
+    reasons = []
+    for path in reversed(folders):
+        reason, manifest = check(path, None)
+        if reason is None:
+            return path, manifest
+        reasons.append(f"start={path}: {reason}")
+    raise Refused(*(reasons or [f"start={place} holds no checkpoint (step-*/manifest.json) and no config.json; name a run's folder"]))
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads what `Writer` wrote, and nothing that could do harm."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _Unpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    """The classes that describe tensors on disk; a class for pickled bytes is not among them."""
+
+    KNOWN: ClassVar = {
+        "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath"),
+        "torch": ("Size", "float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "float8_e4m3fn"),
+        "torch.serialization": ("_get_layout",),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.distributed.checkpoint.metadata": (
+            "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING"),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.KNOWN.get(module, ()):
+            raise Refused(f"the checkpoint's .metadata names {module}.{name}, which none of ours does: do not trust it; delete it")
+        return super().find_class(module, name)
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint."""
+    found = Reader(path).read_metadata().state_dict_metadata
+    return {name: tuple(m.size) for name, m in found.items() if isinstance(m, TensorStorageMetadata)}
+
+
+def read(into: dict[str, Tensor], path: Path) -> None:
+    """Fill tensors from a checkpoint by their names; each rank its own parts."""
+    with _quiet():
+        dcp.load(into, storage_reader=Reader(path), no_dist=not dist.is_initialized())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch warns that a process is alone; it is meant to be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
 def load(path: Path, parts: Sequence[Decoder], optimizer: Optimizer, step: int) -> None:
-    """Fill model and optimizer, bit for bit, on this mesh, whichever mesh wrote them."""
+    """Fill model and optimizer, bit for bit, on this mesh, whichever mesh wrote them.
+
+    Raises Refused when the checkpoint is of another model: it lists what differs.
+    """
     optimizer.begin()
-    dcp.load(state(parts, optimizer), checkpoint_id=path, no_dist=not dist.is_initialized())
+    wanted, there = state(parts, optimizer), shapes(path)
+    wrong = [
+        f"{name}: {there.get(name, 'absent')} in the checkpoint, {tuple(tensor.shape)} in the plan"
+        for name, tensor in wanted.items()
+        if there.get(name) != tuple(tensor.shape)
+    ]
+    if wrong:
+        shown = [line for line in wrong if line.startswith("model.")][:8] or wrong[:8]
+        raise Refused(f"{path} is of another model or optimizer, {len(wrong)} tensors differ; start from one of the plan's model", *shown)
+    read(wanted, path)
     for _, _, moments in optimizer.state():
         for key, value in moments.items():
             if key == "step":
@@ -145,8 +264,3 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -27,6 +27,7 @@ from conf.files import write
 from conf.plan import Plan
 
 Work = Callable[..., None]  # (plan, *arguments), on every rank
+CROWD = 8  # most ranks that share a core
 LONG = timedelta(days=365)  # data stages of a large corpus take days
 
 
@@ -49,12 +50,12 @@ def check(plan: Plan) -> None:
         have = torch.cuda.device_count() if torch.cuda.is_available() else 0
         what = f"gpu.kind=cuda asks for {plan.ranks} GPUs, this machine has {have}"
     else:
-        have = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        what = f"the plan has {plan.ranks} ranks on {min(plan.ranks, plan.cluster.cores_per_node)} cores, this machine has {have} cores"
-    wanted = plan.ranks if plan.gpu.kind == "cuda" else min(plan.ranks, plan.cluster.cores_per_node)
-    if wanted > have:
-        cure = f", or cluster.cores_per_node={have} for ranks that share cores" if plan.gpu.kind == "cpu" else ", or gpu=cpu_core"
-        raise Refused(f"{what}; set cluster.gpus_per_node={max(1, have)}{cure}")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        have = cores if plan.cluster.cores_per_node > cores else CROWD * cores  # a plan may say that ranks share cores
+        what = f"the plan has {plan.ranks} ranks on cluster.cores_per_node={plan.cluster.cores_per_node}, this machine has {cores} cores"
+    if plan.ranks > have:
+        cure = f", or cluster.cores_per_node={cores} to share them" if CROWD * have >= plan.ranks > have else ""
+        raise Refused(f"{what}; set cluster.gpus_per_node={max(1, have)}" + (cure if have else ", or gpu=cpu_core"))
 
 
 def _check_torchrun(plan: Plan) -> None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from conf.plan import Model, RopeScaling
 from real.attention import Attend
-from real.collectives import Line, gather, scatter
+from real.collectives import gather, scatter
 from real.layers import Embedding, FeedForward, Head, Linear, RMSNorm, norm, own
 from real.moe import Mixture
 
@@ -195,7 +195,8 @@ KEPT = {
     *(getattr(torch.ops.aten, name).default for name in (
         "mm", "addmm", "bmm", "_grouped_mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")),
-    *(getattr(torch.ops._c10d_functional, name).default for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")),
+    *(getattr(torch.ops._c10d_functional, name).default for name in (
+        "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")),
 }  # fmt: skip
 
 

@@ -25,8 +25,9 @@ class Router(nn.Module):
         super().__init__()
         self.moe = model.moe
         self.weight = nn.Parameter(torch.empty(model.moe.experts, model.hidden))
-        # In fp32 whatever the precision: the step of the bias is small.
-        self.register_buffer("e_score_correction_bias", torch.zeros(model.moe.experts))
+        # A buffer stays in fp32 whatever the precision: the step of the bias is small.
+        bias = torch.zeros(model.moe.experts) if model.moe.balance == "bias" else None
+        self.register_buffer("e_score_correction_bias", bias)
         self.register_buffer("load", torch.zeros(model.moe.experts), persistent=False)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +35,8 @@ class Router(nn.Module):
         moe = self.moe
         logits = F.linear(x_ND.float(), own(self.weight).float())
         scores = logits.softmax(-1) if moe.score == "softmax" else logits.sigmoid()
-        chosen = self._choose((scores + self.e_score_correction_bias).detach())
+        bias = self.e_score_correction_bias
+        chosen = self._choose((scores if bias is None else scores + bias).detach())
         weights = scores.gather(1, chosen)
         if moe.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -135,6 +137,13 @@ def _rows(counts: Tensor, like: Tensor) -> list[int]:
 
 def _repeat(values: Tensor, times: Tensor, total: int) -> Tensor:
     return values.repeat_interleave(times, output_size=total)
+
+
+def weigh(model: nn.Module, sequences: int) -> None:
+    """Let the balancing loss be the mean over the sequences of a step."""
+    for mixture in (m for m in model.modules() if isinstance(m, Mixture)):
+        if mixture.moe.balance == "loss":
+            mixture.loss_weight = mixture.moe.balance_rate / sequences
 
 
 class Attach(Function):

@@ -63,7 +63,7 @@ class Optimizer:
 
     def begin(self) -> None:
         """Make the state exist, all zeros, so that a checkpoint can be read into it."""
-        for p, shard in self.shards:
+        for _, shard in self.shards:
             shard.grad = torch.zeros_like(shard)
         for p in self.whole:
             p.grad = torch.zeros_like(p)

@@ -17,7 +17,7 @@ from conf.errors import Refused
 from conf.plan import Plan
 from real.attention import Attend, Gathered, Ring, Ulysses, spread
 from real.collectives import Line
-from real.layers import FeedForward, Linear
+from real.layers import Linear
 from real.model import Attention, Decoder, LatentAttention
 from real.moe import Experts, Mixture
 from real.timeline import Timeline
@@ -152,11 +152,9 @@ def _context(model: Decoder, plan: Plan, axes: Axes) -> None:
 
 
 def _experts(model: Decoder, plan: Plan, axes: Axes) -> None:
-    """Deal the experts out over ep, and say what balancing their load takes."""
+    """Deal the experts out over ep."""
     for mixture in (m for m in model.modules() if isinstance(m, Mixture)):
         mixture.sequence, mixture.ep = axes.sequence, axes.ep
-        if plan.model.moe.balance == "loss":
-            mixture.loss_weight = plan.model.moe.balance_rate / plan.train.global_batch
         if axes.ep is not None and axes.experts is not None:
             for key, parameter in list(mixture.experts.named_parameters(recurse=False)):
                 setattr(mixture.experts, key, nn.Parameter(distribute_tensor(parameter, axes.experts["ep"], [Shard(0)])))

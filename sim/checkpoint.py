@@ -16,6 +16,8 @@ class Checkpoints:
         self.every = plan.checkpoint.every
         self.bytes = float(state_bytes(plan.model))
         self.save_time = self.bytes / rates.storage_write
+        if plan.checkpoint.asynchronous:  # training waits for the copy alone, which every rank makes of its share
+            self.save_time = self.bytes / plan.ranks / plan.gpu.snapshot
         self.load_time = self.bytes / rates.storage_read
         self.step: int | None = None  # None: nothing was saved yet
 

@@ -83,16 +83,18 @@ def _interleaved(overrides: list[str], run: Path, pairs: int = 150) -> list[str]
     from real import optim, pretrain
     from real.cluster import keep_memory
     from real.data import Tokens
-    from real.model import loss_sum
+    from real.loss import loss_sum
     from real.progress import Progress
     from real.timeline import Timeline
+    from real.trainer import Trainer
 
     torch.set_num_threads(1)
     keep_memory()
     plan = load(overrides)
     timeline, record, progress = Timeline(), Record(run), Progress(plan, 0.3, 0)
-    trainer = pretrain.Trainer(plan, Tokens(run / "tokens", "train", plan.train.seq_len), timeline)
-    model, adam, batches = trainer.model, trainer.optimizer, trainer.batches
+    trainer = Trainer(plan, Tokens(run / "tokens", "train", plan.train.seq_len), timeline)
+    model, batches = trainer.parts[0], trainer.batches
+    adam = torch.optim.AdamW(model.parameters(), betas=(plan.train.beta1, plan.train.beta2), eps=plan.train.epsilon, fused=True)
 
     def kept(step: int) -> None:
         loss, norm = trainer.step(step)
@@ -104,8 +106,8 @@ def _interleaved(overrides: list[str], run: Path, pairs: int = 150) -> list[str]
     def bare(step: int) -> None:
         for group in adam.param_groups:
             group["lr"] = optim.learning_rate(plan.train, step)
-        for inputs, targets in batches.micro_batches(step):
-            loss = loss_sum(model(inputs), targets) / plan.tokens_per_step
+        for batch in batches.step(step).split(plan.train.micro_batch):
+            loss = loss_sum(model(batch.inputs), batch.targets) / plan.tokens_per_step
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), plan.train.clip)
         adam.step()

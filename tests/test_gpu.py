@@ -5,8 +5,10 @@ import torch
 
 from conf.program import load
 from real.cluster import device
+from real.initial import initialise
 from real.kernels import rows
-from real.model import Decoder, initialise, loss_sum
+from real.loss import loss_sum
+from real.model import Decoder
 from real.timeline import Timeline
 
 pytestmark = pytest.mark.gpu

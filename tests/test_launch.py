@@ -83,19 +83,13 @@ def test_all_ranks_refuse_with_one_line(tiny, tmp_path, count, ranks, args, part
 @pytest.mark.parametrize(
     ("args", "part"),
     [
-        (["model.moe.experts=4", "model.moe.top_k=2", "model.moe.ffn=64"], "model.moe.experts=4: real cannot execute it yet"),
-        (["model.mla.kv_rank=16", "model.mla.rope=4"], "model.mla.kv_rank=16: real cannot execute it yet"),
-        (["model.gated=false"], "model.gated=false: real cannot execute it yet, sim predicts it; set model.gated=true"),
-        (["model.positions=alibi"], "model.positions=alibi: real cannot execute it yet, sim predicts it; set model.positions=rope"),
-        (["model.layer_norm=true"], "model.layer_norm=true: real"),
-        (["model.qk_norm=true"], "model.qk_norm=true: real"),
-        (["model.head=16"], "model.head=16 × model.heads=4 is not model.hidden=128: real"),
-        (
-            ["train.precision=fp8", "gpu=h100_sxm"],
-            "train.precision=fp8: real cannot execute it yet, sim predicts it; set",
-        ),
-        (["gpu.kind=tpu"], "gpu.kind=tpu: real cannot execute it yet, sim predicts it; choose a gpu of kind cpu or cuda"),
-        (["mesh.pp=2"], "mesh.pp=2: real executes dp_replicate and dp_shard; sim predicts the others; set them to 1"),
+        (["model.positions=alibi"], "model.positions=alibi: real cannot execute it, sim predicts it; set model.positions=rope"),
+        (["train.precision=fp8", "gpu=h100_sxm"], "train.precision=fp8: real cannot execute it, sim predicts it; set"),
+        (["gpu.kind=tpu"], "gpu.kind=tpu: real cannot execute it, sim predicts it; choose a gpu of kind cpu or cuda"),
+        (["train.fused_attention=false"], "train.fused_attention=false: real cannot execute it"),
+        (["mesh.tp=2", "model.vocab=513"], "on mesh.tp=2 ranks: real cannot execute it, sim predicts it; set model.vocab=514"),
+        (["mesh.cp=2", "mesh.cp_kind=ulysses", "model.kv_heads=1"], "1 heads of keys a rank: real cannot execute it"),
+        (["mesh.cp=2", "train.seq_len=258"], "no multiple of 2 × mesh.cp=2"),
     ],
 )
 def test_what_is_not_built_is_refused(args, part):

@@ -8,10 +8,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.worlds import Outcome, outcome, plan_of
+from real.moe import Router
+from real.timeline import Timeline
+from real.trainer import Trainer
+from tests.worlds import Outcome, Stream, outcome, plan_of
 
-COMMON = ("train.seq_len=32", "train.global_batch=8", "train.epsilon=1e-6", "train.warmup=1", "train.learning_rate=0.001")
+# With this seed no token's choice of experts is close: 8e-6 of a score, a hundred times the rounding, part the last chosen
+# from the first that is not. A choice that flips is no wrong gradient.
+COMMON = ("seed=28", "train.seq_len=32", "train.global_batch=8", "train.epsilon=1e-6", "train.warmup=1", "train.learning_rate=0.001")
 # The model (with what differs from its preset), and the mesh: axes above 1, and further words of the plan.
 CASES = [
     # one axis alone
@@ -85,8 +91,10 @@ CASES = [
     ("tiny_llama3 document_mask=true", "cp=2 tp=2 pp=2"),
     ("tiny_llama3 optimizer=muon", "dp_shard=2 tp=2"),
 ]  # fmt: skip
-FIRST = ["dp_shard=4", "dp_replicate=2 dp_shard=2", "cp=2", "cp=2 cp_kind=ulysses", "pp=2 schedule=1f1b", "dp_shard=2 tp=2", "cp=2 tp=2",
-         "dp_shard=2 ep=2", "dp_shard=2 tp=2 pp=2", "dp_shard=2 pp=2 ep=2", "dp_shard=2 tp=2 ep=4", "pp=2 schedule=dualpipev vpp=2"]  # fmt: skip
+FIRST = [
+    "dp_shard=4", "dp_replicate=2 dp_shard=2", "cp=2", "cp=2 cp_kind=ulysses", "pp=2 schedule=1f1b", "pp=2 schedule=dualpipev vpp=2",
+    "dp_shard=2 tp=2", "cp=2 tp=2", "dp_shard=2 ep=2", "dp_shard=2 tp=2 pp=2", "dp_shard=2 pp=2 ep=2", "dp_shard=2 tp=2 ep=4",
+]  # fmt: skip
 GROUPS = {"tied": "model", "z_loss": "train", "document_mask": "train", "optimizer": "train", "recompute": "train"}
 
 
@@ -110,7 +118,9 @@ def differences(model: str, mesh: str) -> tuple[float, float, float]:
     one, other = alone(model), outcome(plan_of(*words(model, mesh)))
     assert one.weights.keys() == other.weights.keys()
     assert len(set(one.losses)) == len(one.losses) == 5
-    loss, norm = (max(abs(b / a - 1) for a, b in zip(*pair, strict=True)) for pair in ((one.losses, other.losses), (one.norms, other.norms)))
+    loss, norm = (
+        max(abs(b / a - 1) for a, b in zip(*pair, strict=True)) for pair in ((one.losses, other.losses), (one.norms, other.norms))
+    )
     # The softmax does not see a bias of all keys: its gradient is rounding alone, which AdamW makes large.
     names = [name for name in one.weights if name.startswith("model.") and not name.endswith("k_proj.bias")]
     return loss, norm, max(_apart(one, other, name) for name in names)
@@ -135,6 +145,23 @@ def test_a_mesh_trains_as_one_process(mesh):
 @pytest.mark.parametrize(("model", "mesh"), [case for case in CASES if case[1] not in FIRST or " " in case[0]])
 def test_every_mesh_trains_as_one_process(model, mesh):
     check(model, mesh)
+
+
+def test_no_choice_of_experts_is_close(monkeypatch):
+    gaps = []
+
+    def choose(router: Router, scores: torch.Tensor) -> torch.Tensor:
+        best = scores.topk(router.moe.top_k + 1, -1)
+        gaps.append(float((best.values[:, -2] - best.values[:, -1]).min()))
+        return best.indices[:, :-1]
+
+    monkeypatch.setattr(Router, "_choose", choose)
+    for model in ("tiny_qwen3_moe", "tiny_deepseek_v3", "tiny_mixtral"):
+        plan = plan_of(*words(model, ""))
+        trainer = Trainer(plan, Stream(plan), Timeline())  # type: ignore[arg-type]
+        for step in range(5):
+            trainer.step(step)
+    assert min(gaps) > 5e-6
 
 
 def test_a_wrong_gradient_would_show(monkeypatch):

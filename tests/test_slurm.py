@@ -105,7 +105,7 @@ def test_an_edited_script_is_kept(foretold, tmp_path):
         (["slurm=submit"], "slurm=submit needs sbatch, which is not on this machine; run it on a login node, or slurm=script writes"),
         (["slurm=sumbit"], "slurm=sumbit is no way to run; did you mean submit?"),
         (["slurm=script", "fresh=true"], "fresh=true with slurm=script would begin afresh at every requeue; delete "),
-        (["slurm=script", "mesh.tp=2"], "mesh.tp=2: real executes dp_replicate and dp_shard"),
+        (["slurm=script", "model.positions=alibi"], "model.positions=alibi: real cannot execute it"),
         (["slurm=submit", "plan=none.yaml"], "none.yaml is no plan"),
     ],
 )

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from conf.plan import Plan
 from conf.program import load
-from real.pretrain import Trainer
 from real.timeline import Timeline
+from real.trainer import Trainer
 
 torch.set_num_threads(1)
 
@@ -82,11 +82,13 @@ def spawn(plan: Plan, work: Callable[..., Any], *arguments: Any, timeout: float 
 def _rank(rank: int, plan: Plan, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ["RANK"] = str(rank)
     try:
-        store = dist.FileStore(str(folder / "store"), plan.ranks)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.ranks, timeout=timedelta(seconds=60))
+        if plan.ranks > 1:
+            store = dist.FileStore(str(folder / "store"), plan.ranks)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.ranks, timeout=timedelta(seconds=60))
         work(plan, *arguments)
-        dist.barrier()
-        dist.destroy_process_group()
+        if plan.ranks > 1:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         (folder / f"error{rank}").write_text(f"rank {rank} of {plan.axes}\n{traceback.format_exc()}")
         os._exit(1)
@@ -99,9 +101,9 @@ def train(plan: Plan, folder: Path, steps: int) -> None:
 
     trainer = Trainer(plan, Stream(plan), Timeline())  # type: ignore[arg-type]
     told = [trainer.step(step) for step in range(steps)]
-    if dist.get_rank() == 0:
+    if os.environ["RANK"] == "0":
         torch.save(told, folder / "told")
-    dcp.save(state(trainer.parts, trainer.optimizer), checkpoint_id=folder / "state")
+    dcp.save(state(trainer.parts, trainer.optimizer), checkpoint_id=folder / "state", no_dist=plan.ranks == 1)
 
 
 def outcome(plan: Plan, steps: int = 5) -> Outcome:

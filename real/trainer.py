@@ -1,0 +1,147 @@
+"""What trains: this rank's parts of the model, their optimizer and their data, for any mesh."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from conf.plan import Plan
+from real import optim, parallel
+from real.cluster import device
+from real.data import Batch, Batches, Tokens, batch_of, token_bytes
+from real.initial import initialise
+from real.loss import IGNORED, loss_sum
+from real.model import Decoder
+from real.moe import balance, weigh
+from real.pipeline import Pipeline, layers_of, share_tied, stages_of
+from real.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The sequences that evaluations read."""
+
+    tokens: Tokens
+    windows: list[int]
+    folder: Path  # of the tokens
+
+    @cached_property
+    def sequences(self) -> list[np.ndarray]:
+        return [self.tokens.window(i) for i in self.windows]
+
+    def bits_per_byte(self, nats: float) -> float:
+        """From nats a token: tokens / (ln 2 × bytes that the target tokens stand for)."""
+        sizes = token_bytes(self.folder)
+        targets = np.concatenate([window[1:] for window in self.sequences])
+        return nats * len(targets) / (math.log(2) * float(sizes[targets].sum()))
+
+
+class Trainer:
+    """This rank's parts of the model, their optimizer and their data."""
+
+    def __init__(self, plan: Plan, tokens: Tokens, timeline: Timeline) -> None:
+        self.plan, self.timeline, self.device, self.tokens = plan, timeline, device(plan), tokens
+        self.axes = parallel.Axes(plan, timeline) if dist.is_initialized() else None
+        self.tp = self.axes.tp if self.axes else None
+        self.pipeline: Pipeline | None = None
+        if self.axes and self.axes.pp:
+            self.parts = [self._part(number) for number in stages_of(plan, self.axes.pp.rank)]
+            self.pipeline = Pipeline(self.parts, plan, self.axes.pp, self.device, timeline, self._loss)
+        else:
+            self.parts = [self._part()]
+        self.optimizer = optim.Optimizer(self.parts, plan.train)
+        self.twice = {"embed_tokens.weight"} if plan.model.tied and self.pipeline else set[str]()  # what two stages hold
+        self.batches = Batches(tokens, plan, self.axes.dp_rank if self.axes else 0)
+        self.targets = 1.0  # that count in this step, over all ranks
+
+    def _part(self, stage: int | None = None) -> Decoder:
+        """The whole model, or one stage of it, sharded and filled."""
+        plan = self.plan
+        with torch.device("meta"):
+            if stage is None:
+                model = Decoder(plan.model, plan.train.recompute)
+            else:
+                ends = {"first": stage == 0, "last": stage == plan.mesh.pp * plan.mesh.vpp - 1}
+                model = Decoder(plan.model, plan.train.recompute, layers_of(plan, stage), **ends)
+        weigh(model, plan.train.global_batch)
+        if self.axes is not None:
+            parallel.apply(model, plan, self.axes, self.timeline)
+        elif plan.train.compile:
+            parallel.compile_blocks(model)
+        model.to_empty(device=self.device)
+        model.tie()
+        initialise(model, plan.seed)
+        return model
+
+    def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the mean loss a token."""
+        return loss_sum(logits, targets, self.tp, self.plan.train.z_loss) / self.targets
+
+    def _share(self, batch: Batch) -> Batch:
+        """What a context-parallel rank holds of sequences."""
+        if self.axes is None or self.axes.cp is None:
+            return batch
+        return batch.take(self.parts[0].spread(batch.inputs.shape[1] // self.axes.cp.size))
+
+    def step(self, step: int) -> tuple[float, float]:
+        """One optimizer step; returns the mean loss a token over all ranks and the gradient norm."""
+        plan, enter = self.plan, self.timeline.enter
+        enter("data")
+        batch = self.batches.step(step)
+        self.targets = float(self._counted(batch))
+        batch = self._share(batch).to(self.device)
+        told = self._forward_backward(batch)
+        enter("communication")
+        share_tied(self.parts, plan, self.axes.pp if self.axes else None)
+        enter("optimizer")
+        norm = optim.clip(self.optimizer.named, plan.train.clip, self.twice)
+        self.optimizer.step(optim.learning_rate(plan.train, step))
+        self.optimizer.zero_grad()
+        for part in self.parts:
+            balance(part, self.axes.stage if self.axes else None)
+        enter("communication")
+        return float(parallel.total(told)) / plan.mesh.tp, float(norm)
+
+    def _counted(self, batch: Batch) -> int:
+        """Targets of the step that count."""
+        plan = self.plan
+        if batch.documents is None:
+            return plan.tokens_per_step
+        mine = (batch.targets != IGNORED).sum().to(self.device)
+        return int(parallel.total(mine)) * plan.dp // plan.ranks
+
+    def _forward_backward(self, batch: Batch) -> torch.Tensor:
+        """The step's gradients; returns this rank's part of the loss."""
+        if self.pipeline:
+            return self.pipeline.step(batch.inputs, batch.targets, batch.documents)
+        told, count = torch.zeros((), device=self.device), self.plan.accumulation
+        self.timeline.enter("compute")
+        for number, micro in enumerate(batch.split(self.plan.train.micro_batch)):
+            parallel.synchronise(self.parts[0], last=number == count - 1)
+            loss = self._loss(self.parts[0](micro.inputs, micro.documents), micro.targets)
+            loss.backward()
+            told += loss.detach()
+        return told
+
+    @torch.no_grad()
+    def evaluate(self, held_out: HeldOut) -> float:
+        """Mean loss a token of these sequences, which the data-parallel ranks share."""
+        plan, windows, tokens = self.plan, held_out.windows, held_out.tokens
+        for part in self.parts:
+            part.eval()
+        mine, size = windows[self.batches.dp_rank :: plan.dp], plan.train.micro_batch
+        told = torch.zeros(2, device=self.device, dtype=torch.float64)  # loss, targets
+        for start in range(0, len(mine), size):
+            batch = self._share(batch_of(tokens, mine[start : start + size], plan.train.document_mask)).to(self.device)
+            run = self.pipeline.forward if self.pipeline else self.parts[0]
+            logits = run(batch.inputs, batch.documents)
+            if logits is not None:
+                told += torch.stack((loss_sum(logits, batch.targets, self.tp), (batch.targets != IGNORED).sum()))
+        for part in self.parts:
+            part.train()
+        loss, counted = parallel.total(told).tolist()
+        return loss / counted
