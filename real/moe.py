@@ -42,7 +42,7 @@ class Router(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.training:
             # A recomputed block counts twice, but then every expert's visits do, and only their order matters.
-            self.load += torch.bincount(chosen.flatten(), minlength=moe.experts)
+            self.load += visits(chosen, moe.experts)
         return weights * moe.scale, chosen, scores
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
@@ -73,6 +73,8 @@ class Experts(nn.Module):
 
 def grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Each group of rows times its own matrix."""
+    if isinstance(x, FakeTensor) and x.dtype != torch.bfloat16:
+        return x @ weight.mean(0).T  # the fake kernel knows bf16 alone: the same shapes in and out
     if x.is_cuda and x.dtype != torch.bfloat16:  # the kernel for GPUs knows bf16 alone
         return torch.cat([rows @ w.T for rows, w in zip(x.split(counts.tolist()), weight, strict=True)])
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
@@ -95,7 +97,7 @@ class Mixture(nn.Module):
         if self.loss_weight and self.training:
             flat = Attach.apply(flat, self._uneven(chosen, scores, len(x_BTD)))
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=self.moe.experts)
+        counts = visits(chosen, self.moe.experts)
         back = self._visit(flat[order // self.moe.top_k], counts)[order.argsort()]
         mixed = (back.unflatten(0, (-1, self.moe.top_k)) * weights.to(back.dtype).unsqueeze(-1)).sum(1)
         out = mixed.view_as(x_BTD)
@@ -120,11 +122,17 @@ class Mixture(nn.Module):
         A sequence's visits are counted over all ranks that share it, so the loss does not depend on the mesh.
         """
         moe = self.moe
-        visits = F.one_hot(chosen, moe.experts).sum(1).to(scores.dtype).unflatten(0, (sequences, -1)).sum(1)
         share = (scores / scores.sum(-1, keepdim=True)).unflatten(0, (sequences, -1))
         tokens = share.shape[1] * (self.sequence.size if self.sequence else 1)
-        visits = self.sequence.reduce(visits) if self.sequence else visits
-        return self.loss_weight * (visits * moe.experts / (moe.top_k * tokens) * share.sum(1) / tokens).sum()
+        chose = torch.zeros_like(scores).scatter(1, chosen, 1.0).unflatten(0, (sequences, -1)).sum(1)
+        chose = self.sequence.reduce(chose) if self.sequence else chose
+        return self.loss_weight * (chose * moe.experts / (moe.top_k * tokens) * share.sum(1) / tokens).sum()
+
+
+def visits(chosen: Tensor, experts: int) -> Tensor:
+    """How often each expert was chosen."""
+    flat = chosen.flatten()
+    return torch.zeros(experts, dtype=flat.dtype, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def _rows(counts: Tensor, like: Tensor) -> list[int]:

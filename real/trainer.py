@@ -40,6 +40,22 @@ class HeldOut:
         return nats * len(targets) / (math.log(2) * float(sizes[targets].sum()))
 
 
+def laid_out(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stage: int | None) -> Decoder:
+    """The whole model, or one stage of it, on its mesh, without storage."""
+    with torch.device("meta"):
+        if stage is None:
+            model = Decoder(plan.model, plan.train.recompute)
+        else:
+            ends = {"first": stage == 0, "last": stage == plan.mesh.pp * plan.mesh.vpp - 1}
+            model = Decoder(plan.model, plan.train.recompute, layers_of(plan, stage), **ends)
+    weigh(model, plan.train.global_batch)
+    if axes is not None:
+        parallel.apply(model, plan, axes, timeline)
+    elif plan.train.compile:
+        parallel.compile_blocks(model)
+    return model
+
+
 class Trainer:
     """This rank's parts of the model, their optimizer and their data."""
 
@@ -48,34 +64,18 @@ class Trainer:
         self.axes = parallel.Axes(plan, timeline) if dist.is_initialized() else None
         self.tp = self.axes.tp if self.axes else None
         self.pipeline: Pipeline | None = None
+        stages = stages_of(plan, self.axes.pp.rank) if self.axes and self.axes.pp else [None]
+        self.parts = [laid_out(plan, self.axes, timeline, stage) for stage in stages]
+        for part in self.parts:
+            part.to_empty(device=self.device)
+            part.tie()
+            initialise(part, plan.seed)
         if self.axes and self.axes.pp:
-            self.parts = [self._part(number) for number in stages_of(plan, self.axes.pp.rank)]
             self.pipeline = Pipeline(self.parts, plan, self.axes.pp, self.device, timeline, self._loss)
-        else:
-            self.parts = [self._part()]
         self.optimizer = optim.Optimizer(self.parts, plan.train)
         self.twice = {"embed_tokens.weight"} if plan.model.tied and self.pipeline else set[str]()  # what two stages hold
         self.batches = Batches(tokens, plan, self.axes.dp_rank if self.axes else 0)
         self.targets = 1.0  # that count in this step, over all ranks
-
-    def _part(self, stage: int | None = None) -> Decoder:
-        """The whole model, or one stage of it, sharded and filled."""
-        plan = self.plan
-        with torch.device("meta"):
-            if stage is None:
-                model = Decoder(plan.model, plan.train.recompute)
-            else:
-                ends = {"first": stage == 0, "last": stage == plan.mesh.pp * plan.mesh.vpp - 1}
-                model = Decoder(plan.model, plan.train.recompute, layers_of(plan, stage), **ends)
-        weigh(model, plan.train.global_batch)
-        if self.axes is not None:
-            parallel.apply(model, plan, self.axes, self.timeline)
-        elif plan.train.compile:
-            parallel.compile_blocks(model)
-        model.to_empty(device=self.device)
-        model.tie()
-        initialise(model, plan.seed)
-        return model
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """This rank's part of the mean loss a token."""

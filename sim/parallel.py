@@ -67,6 +67,7 @@ def columns(plans: Sequence[Plan]) -> Any:
     values["rope"] = gather(lambda p: p.model.positions == "rope")
     moe = SimpleNamespace(**of("model.moe", ("experts", "top_k", "shared", "ffn", "dense_layers")))
     mla = SimpleNamespace(**of("model.mla", ("kv_rank", "q_rank", "rope")))
+    values["crowd"] = gather(lambda p: max(1.0, p.cluster.gpus_per_node / p.cluster.cores_per_node) if p.gpu.kind == "cpu" else 1.0)
     flags = {"recompute": np.array([p.train.recompute == "full" for p in plans]), "beside": np.array([p.gpu.kind != "cpu" for p in plans])}
     return SimpleNamespace(**values, **flags, moe=moe, mla=mla)
 
@@ -92,10 +93,11 @@ def steps(plans: Sequence[Plan]) -> Steps:
     exposed = np.where(p.beside, np.maximum(0.0, sharding - window), sharding + waiting)
     compute = p.accumulation * (micro + _units(p, device, layers))
     communication = p.accumulation * inside + exposed + agreed
+    compute, optimizer = compute * p.crowd, optimizer * p.crowd  # CPU ranks that share a core take turns, but not in waiting
     step_time = compute + communication + bubble + optimizer
     sequences = np.ceil(p.evaluate_sequences / (p.dp * p.micro_batch))
     gathers = _gathers(p, network, layers) * np.where(p.beside, 0.0, 1.0)
-    evaluate = sequences * (layers * forward + ends["forward"] + gathers + 0.5 * _units(p, device, layers))
+    evaluate = p.crowd * sequences * (layers * forward + ends["forward"] + gathers + 0.5 * _units(p, device, layers))
     rate = p.tokens_per_step / step_time
     mfu = rate * flops_per_token(p, p.seq_len) / (p.peak * p.ranks)
     return Steps(step_time, compute, communication, bubble, optimizer, evaluate, memory(p).total, mfu, rate)

@@ -1,0 +1,197 @@
+"""A rehearsal: the plan's ranks, shards, memory and collectives, traced on fake devices in one process.
+
+The trainer's own code runs on tensors that have shapes and no numbers, in a process group that answers at once. What it
+holds and sends is counted, not estimated; only the load of experts is assumed to be even.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conf.plan import Plan
+from conf.units import show
+from real import parallel
+from real.loss import loss_sum
+from real.model import Decoder
+from real.optim import local
+from real.pipeline import stages_of
+from real.timeline import Timeline
+from real.trainer import laid_out
+
+KINDS = {"all_gather": "all-gather", "allgather": "all-gather", "reduce_scatter": "reduce-scatter", "all_reduce": "all-reduce",
+         "allreduce": "all-reduce", "all_to_all": "all-to-all", "alltoall": "all-to-all"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank holds, and sends in a step."""
+
+    rank: int
+    stages: list[int]
+    layers: list[int]
+    parameters: int  # of this rank's shards
+    state: int  # bytes: fp32 weights, gradients and two moments
+    peak: int  # bytes in a step, the optimizer's state included
+    collectives: list[dict[str, Any]]  # kind, ranks, calls a step, bytes a step
+
+
+def build(plan: Plan, foretold: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The rehearsal of the first rank of the first and of the last pipeline stage, each in a process of its own."""
+    fake = plan.but(gpu=plan.gpu.but(kind="cpu"), train=plan.train.but(compile=False))
+    firsts = sorted({0, plan.ranks - plan.ranks // plan.mesh.pp})
+    with ProcessPoolExecutor(len(firsts), get_context("fork")) as pool:
+        ranks = [asdict(rank) for rank in pool.map(_rehearse, [fake] * len(firsts), firsts)]
+    quantities = foretold["quantities"] if foretold else {}
+    told = {name: quantities.get(f"pretrain.{name}", {}).get("value") for name in ("step_time", "peak_memory")}
+    fullest = max(rank["peak"] for rank in ranks)
+    return {"plan": plan.id, "ranks": plan.ranks, "axes": plan.axes | {"ep": plan.mesh.ep}, "rehearsed": ranks, "peak": fullest,
+            "fits": fullest <= plan.gpu.memory, "predicted": told}  # fmt: skip
+
+
+@contextmanager
+def _world(plan: Plan, rank: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _rehearse(plan: Plan, rank: int) -> Rank:
+    with _world(plan, rank):
+        timeline = Timeline()
+        axes = parallel.Axes(plan)
+        stages = stages_of(plan, axes.at["pp"]) if axes.pp else [None]
+        parts = [laid_out(plan, axes, timeline, stage) for stage in stages]
+        calls, sizes = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for part in parts:
+                part.to_empty(device="cpu")
+                part.tie()
+            held = [local(p) for part in parts for p in {id(p): p for p in part.parameters()}.values()]
+            state = sum(4 * p.numel() * 4 for p in held)
+            for last in (False, True):
+                with Tally() as tally:
+                    for part in parts:
+                        _backward(_forward(plan, axes, part, last))
+                times = 1 if last else plan.accumulation - 1
+                for key, (number, size) in tally.found.items():
+                    calls[key] += number * times
+                    sizes[key] += size * times
+            peaks, kept = zip(*(_memory(plan, axes, part) for part in parts), strict=True)
+            peak = sum(peaks) - sum(kept) + in_flight(plan, axes.at["pp"]) * sum(kept) // len(parts)
+        moments = sum(2 * 4 * p.numel() for p in held)
+        layers = sorted(int(i) for part in parts for i in part.layers)
+        told = [{"kind": k, "ranks": n, "calls": calls[k, n], "bytes": sizes[k, n]} for k, n in sorted(calls)]
+        return Rank(rank, [s for s in stages if s is not None], layers, sum(p.numel() for p in held), state, int(peak + moments), told)
+
+
+def _forward(plan: Plan, axes: parallel.Axes, part: Decoder, last: bool) -> torch.Tensor:
+    """One micro-batch through a part; `last` is whether its backward pass reduces the gradients."""
+    size, tokens = plan.train.micro_batch, plan.train.seq_len // plan.mesh.cp
+    dtype = torch.bfloat16 if plan.train.precision == "bf16" else torch.float32
+    parallel.synchronise(part, last)
+    targets = torch.zeros(size, tokens, dtype=torch.int64)
+    inside = torch.zeros(size, tokens // plan.mesh.tp, plan.model.hidden, dtype=dtype, requires_grad=True)
+    out = part(targets if part.embed_tokens is not None else inside)
+    return loss_sum(out, targets, axes.tp) / plan.tokens_per_step if part.lm_head is not None else out
+
+
+def _backward(out: torch.Tensor) -> None:
+    out.backward(None if out.dim() == 0 else torch.zeros_like(out))
+
+
+def _memory(plan: Plan, axes: parallel.Axes, part: Decoder) -> tuple[int, int]:
+    """Most bytes at once of a part in one micro-batch, the optimizer's aside, and what it keeps from forward to backward."""
+    tracker = MemTracker()
+    tracker.track_external(part)
+    with tracker:
+        out = _forward(plan, axes, part, last=True)
+        kept = sum(found[_MemRefType.ACT] for found in tracker.get_tracker_snapshot("current").values())
+        _backward(out)
+    return int(sum(found["Total"] for found in tracker.get_tracker_snapshot("peak").values())), int(kept)
+
+
+def in_flight(plan: Plan, pp_rank: int) -> int:
+    """Forward passes of a part that wait for their backward at once on a pipeline rank, over all its parts.
+
+    1F1B holds as many as there are stages from here on; interleaving adds its warm-up (Narayanan et al. 2021, section 2.2);
+    the V-shaped schedules hold what 1F1B's first stage does, in halves (Qi et al. 2024, DualPipe one more).
+    """
+    pp, vpp, count = plan.mesh.pp, plan.mesh.vpp, plan.accumulation
+    most = {"gpipe": count, "1f1b": pp - pp_rank, "zbv": 2 * pp, "dualpipev": 2 * pp + 1}
+    return min(count * vpp, most.get(plan.mesh.pipeline, (vpp - 1) * pp + 2 * (pp - pp_rank - 1) + 1))
+
+
+class Tally(TorchDispatchMode):
+    """Collectives by kind and group size: calls, and bytes of the larger side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[tuple[str, int], tuple[int, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func)
+        if match := re.match(r"(c10d|_c10d_functional)\.(_?)(all_?gather|reduce_scatter|all_?reduce|all_?to_?all)", name):
+            tensors = [t for t in torch.utils._pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
+            key = KINDS[match[3]], _group_size(args)
+            calls, size = self.found.get(key, (0, 0))
+            self.found[key] = calls + 1, size + max(t.numel() * t.element_size() for t in tensors)
+        return out
+
+
+def _group_size(args: Any) -> int:
+    """Functional collectives name their group, the others hand it over."""
+    for arg in reversed(args):
+        if isinstance(arg, str) and arg not in ("sum", "max", "avg"):
+            return dist.distributed_c10d._resolve_process_group(arg).size()  # type: ignore[arg-type]
+        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in arg._type().name():
+            return dist.ProcessGroup.unbox(arg).size()
+    return 0
+
+
+def _spans(numbers: list[int]) -> str:
+    """
+    >>> _spans([0, 1, 2, 5, 6, 9])
+    '0–2, 5–6, 9'
+    """
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def page(plan: Plan, told: Mapping[str, Any]) -> str:
+    """The rehearsal for a person."""
+    axes = " × ".join(f"{axis} {size}" for axis, size in told["axes"].items() if size > 1) or "one rank"
+    lines = [f"plan {plan.id}: {plan.model.name} on {plan.ranks} × {plan.gpu.name} ({axes}); nothing was run", ""]
+    for rank in told["rehearsed"]:
+        stages = f"stages {_spans(rank['stages'])}, " if rank["stages"] else ""
+        where = f"{stages}layers {_spans(rank['layers'])}"
+        lines.append(f"rank {rank['rank']}: {where}")
+        lines.append(f"  parameters held   {rank['parameters']:>16,}   state {show(rank['state'], 'B')}")
+        lines.append(f"  peak memory       {show(rank['peak'], 'B'):>16}   of {show(plan.gpu.memory, 'B')}")
+        lines += [
+            f"  {c['kind']:<17} {c['calls']:>10,} calls over {c['ranks']:>4} ranks   {show(float(c['bytes']), 'B')} a step"
+            for c in rank["collectives"]
+            if c["ranks"] > 1
+        ]
+    over = float(told["peak"] - plan.gpu.memory)
+    lines += ["", "it fits" if told["fits"] else f"it does not fit: {show(over, 'B')} too much on the fullest rank; "
+              "raise mesh.dp_shard, mesh.tp or mesh.pp, lower train.micro_batch, or set train.recompute=full"]  # fmt: skip
+    step, memory = told["predicted"]["step_time"], told["predicted"]["peak_memory"]
+    if step is None:
+        return "\n".join([*lines, "predicted step      – (foretold sim with the same words predicts it)"])
+    return "\n".join([*lines, f"predicted step      {show(step, 's')}", f"predicted memory    {show(memory, 'B')}"])
