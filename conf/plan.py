@@ -5,6 +5,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Optional
@@ -214,6 +215,9 @@ class Train(Node):
     )
     seq_len: int = say("tokens a sequence", must=POSITIVE)
     global_batch: int = say("sequences an optimizer step", must=POSITIVE)
+    first_batch: Optional[int] = say("sequences of the first optimizer step, where the batch grows; null = global_batch", None,
+                                     must=POSITIVE)  # fmt: skip
+    batch_warmup: int = say("steps over which the batch grows by multiples of first_batch", 0, must=NOT_NEGATIVE)
     micro_batch: int = say("sequences a forward pass on one rank", must=POSITIVE)
     steps: Optional[int] = say("optimizer steps; null = until stop_after")
     stop_after: Optional[Seconds] = say("wall clock after which training stops; null = never")
@@ -373,9 +377,33 @@ class Plan(Node):
         """Micro-batches a step on each data-parallel rank."""
         return self.train.global_batch // (self.dp * self.train.micro_batch)
 
+    def batch(self, step: int) -> int:
+        """Sequences of step 0, 1, …: global_batch, or less while the batch warms up.
+
+        A function of the step alone, so that the order of the data is the same on every mesh.
+        """
+        train = self.train
+        if train.first_batch is None or step >= train.batch_warmup:
+            return train.global_batch
+        levels = train.global_batch // train.first_batch
+        return train.first_batch * (1 + step * levels // train.batch_warmup)
+
+    @cached_property
+    def _warming(self) -> list[int]:
+        """Sequences seen before each step of the warm-up, and before the first step after it."""
+        return [0, *accumulate(self.batch(step) for step in range(self.train.batch_warmup if self.train.first_batch else 0))]
+
     def samples(self, step: int) -> int:
         """Sequences that the first `step` optimizer steps have seen: the data cursor."""
-        return step * self.train.global_batch
+        beyond = max(0, step - (len(self._warming) - 1))
+        return self._warming[step - beyond] + beyond * self.train.global_batch
+
+    def step_of(self, samples: int) -> int | None:
+        """The step before which so many sequences have been seen, None where that is inside a step."""
+        if samples <= self._warming[-1]:
+            return self._warming.index(samples) if samples in self._warming else None
+        step, rest = divmod(samples - self._warming[-1], self.train.global_batch)
+        return None if rest else len(self._warming) - 1 + step
 
     @property
     def tokens_per_step(self) -> int:

@@ -82,12 +82,15 @@ def _pipeline(plan: Plan) -> Iterator[str]:
     if mesh.vpp > 1 and model.layers % stages and (model.layers + 2) % stages:
         yield f"mesh.vpp={mesh.vpp} × mesh.pp={mesh.pp} = {stages} must divide the layers, {model.layers}; set mesh.vpp=1"
     least = {"dualpipev": 2 * mesh.pp}.get(mesh.pipeline, 1)
-    step = mesh.pp if mesh.pipeline in ("interleaved", "zero_bubble") and plan.accumulation > mesh.pp else 1
-    if plan.accumulation < least or plan.accumulation % step:
-        rule = f"a multiple of mesh.pp={mesh.pp}" if step > 1 else f"{least} or more"
-        share = plan.dp * plan.train.micro_batch
-        yield (f"mesh.schedule={mesh.pipeline} needs {rule} micro-batches, the plan has {plan.accumulation}; "
-               f"set train.global_batch={max(least, -(-plan.accumulation // step) * step) * share}")  # fmt: skip
+    share = plan.dp * plan.train.micro_batch
+    for key in ("global_batch", "first_batch"):
+        count = (getattr(plan.train, key) or plan.train.global_batch) // max(1, share)
+        step = mesh.pp if mesh.pipeline in ("interleaved", "zero_bubble") and count > mesh.pp else 1
+        if count < least or count % step:
+            rule = f"a multiple of mesh.pp={mesh.pp}" if step > 1 else f"{least} or more"
+            cure = f"set train.{key}={max(least, -(-count // step) * step) * share}"
+            yield f"mesh.schedule={mesh.pipeline} needs {rule} micro-batches, train.{key} makes {count}; {cure}"
+            return
 
 
 def _experts(plan: Plan) -> Iterator[str]:
@@ -127,6 +130,9 @@ def _mesh(plan: Plan) -> Iterator[str]:
         rule = f"data-parallel ranks {plan.dp} × train.micro_batch={plan.train.micro_batch} = {share}"
         near = max(share, plan.train.global_batch // share * share)
         yield f"train.global_batch={plan.train.global_batch} is no multiple of {rule}; set train.global_batch={near}"
+    elif plan.train.first_batch and (plan.train.first_batch % max(1, share) or plan.train.global_batch % plan.train.first_batch):
+        rule = f"a multiple of {share} (data-parallel ranks × train.micro_batch) that divides train.global_batch={plan.train.global_batch}"
+        yield f"train.first_batch={plan.train.first_batch} must be {rule}; set train.first_batch={share}, or null"
 
 
 def _training(plan: Plan) -> Iterator[str]:

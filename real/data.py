@@ -174,8 +174,8 @@ class Batches:
 
     def samples(self, step: int) -> range:
         """Global indices of this rank's samples in a step: contiguous, so that every mesh sees the same step."""
-        share = self.plan.train.global_batch // self.plan.dp
-        first = step * self.plan.train.global_batch + self.dp_rank * share
+        share = self.plan.batch(step) // self.plan.dp
+        first = self.plan.samples(step) + self.dp_rank * share
         return range(first, first + share)
 
     def step(self, step: int) -> Batch:

@@ -25,6 +25,7 @@ from conf.units import show
 from real import parallel
 from real.loss import loss_sum
 from real.model import Decoder
+from real.moe import weigh
 from real.optim import local
 from real.pipeline import stages_of
 from real.timeline import Timeline
@@ -75,6 +76,8 @@ def _rehearse(plan: Plan, rank: int) -> Rank:
         axes = parallel.Axes(plan)
         stages = stages_of(plan, axes.at["pp"]) if axes.pp else [None]
         parts = [laid_out(plan, axes, timeline, stage) for stage in stages]
+        for part in parts:
+            weigh(part, plan.train.global_batch)
         calls, sizes = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
         with FakeTensorMode(allow_non_fake_inputs=True):
             for part in parts:

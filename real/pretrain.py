@@ -144,10 +144,10 @@ def _elsewhere(plan: Plan, source: Path | None) -> tuple[Path, int, list[str]] |
         huggingface.refuse_other(source, plan.model)
         return source, 0, []
     path, manifest = checkpoint.find(source)
-    step, rest = divmod(manifest["samples"], plan.train.global_batch)
-    if rest:
+    step = plan.step_of(manifest["samples"])
+    if step is None:
         have = f"{path} has seen {manifest['samples']} sequences"
-        raise Refused(f"{have}, no multiple of train.global_batch={plan.train.global_batch}; set a batch that divides them")
+        raise Refused(f"{have}, inside a step of train.global_batch={plan.train.global_batch}; set a batch that divides them")
     return path, step, []
 
 
@@ -216,7 +216,7 @@ def _finish(plan: Plan, trainer: Trainer, record: Record, step: int, tokens: Tok
         record.observe(STAGE, "parameters", count, step)
         if joules is not None:
             record.observe(STAGE, "energy", joules, step)
-        if held_out and step * plan.tokens_per_step <= BASELINE_TOKENS:
+        if held_out and plan.samples(step) * plan.train.seq_len <= BASELINE_TOKENS:
             trainer.timeline.enter("evaluate")
             loss = bigram.held_out_loss(_seen(plan, tokens, step), held_out.sequences, plan.model.vocab)
             record.observe(STAGE, "bigram_bits_per_byte", held_out.bits_per_byte(loss), step)
@@ -230,4 +230,4 @@ def _finish(plan: Plan, trainer: Trainer, record: Record, step: int, tokens: Tok
 
 def _seen(plan: Plan, tokens: Tokens, steps: int) -> Iterator[np.ndarray]:
     order = Order(len(tokens), plan.seed)
-    return (tokens.window(order[i]) for i in range(steps * plan.train.global_batch))
+    return (tokens.window(order[i]) for i in range(plan.samples(steps)))

@@ -42,7 +42,7 @@ def _training(plan: Plan, rows: list[Mapping[str, Any]], events: list[Mapping[st
     rate = plan.tokens_per_step / step_time.value
     peak = (plan.gpu.bf16_peak if plan.train.precision == "bf16" else plan.gpu.fp32_peak) or math.nan
     wall = sum(r["value"] for r in rows if r["stage"] == "pretrain" and r["quantity"] in STATES) / plan.ranks
-    tokens = len(by_step) * plan.tokens_per_step
+    tokens = sum(plan.batch(step - 1) for step in by_step) * plan.train.seq_len
     stops = sum(1 for event in events if event["stage"] == "run" and event["event"] == "start") - 1
     told: dict[str, float | Value] = {
         "pretrain.step_time": step_time,

@@ -48,7 +48,6 @@ def laid_out(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stage: 
         else:
             ends = {"first": stage == 0, "last": stage == plan.mesh.pp * plan.mesh.vpp - 1}
             model = Decoder(plan.model, plan.train.recompute, layers_of(plan, stage), **ends)
-    weigh(model, plan.train.global_batch)
     if axes is not None:
         parallel.apply(model, plan, axes, timeline)
     elif plan.train.compile:
@@ -92,7 +91,9 @@ class Trainer:
         plan, enter = self.plan, self.timeline.enter
         enter("data")
         batch = self.batches.step(step)
-        self.targets = float(self._counted(batch))
+        self.targets = float(self._counted(batch, step))
+        for part in self.parts:
+            weigh(part, plan.batch(step))
         batch = self._share(batch).to(self.device)
         told = self._forward_backward(batch)
         enter("communication")
@@ -106,11 +107,11 @@ class Trainer:
         enter("communication")
         return float(parallel.total(told)) / plan.mesh.tp, float(norm)
 
-    def _counted(self, batch: Batch) -> int:
+    def _counted(self, batch: Batch, step: int) -> int:
         """Targets of the step that count."""
         plan = self.plan
         if batch.documents is None:
-            return plan.tokens_per_step
+            return plan.batch(step) * plan.train.seq_len
         mine = (batch.targets != IGNORED).sum().to(self.device)
         return int(parallel.total(mine)) * plan.dp // plan.ranks
 
@@ -118,10 +119,10 @@ class Trainer:
         """The step's gradients; returns this rank's part of the loss."""
         if self.pipeline:
             return self.pipeline.step(batch.inputs, batch.targets, batch.documents)
-        told, count = torch.zeros((), device=self.device), self.plan.accumulation
+        told, size = torch.zeros((), device=self.device), self.plan.train.micro_batch
         self.timeline.enter("compute")
-        for number, micro in enumerate(batch.split(self.plan.train.micro_batch)):
-            parallel.synchronise(self.parts[0], last=number == count - 1)
+        for number, micro in enumerate(batch.split(size), 1):
+            parallel.synchronise(self.parts[0], last=number * size == len(batch.inputs))
             loss = self._loss(self.parts[0](micro.inputs, micro.documents), micro.targets)
             loss.backward()
             told += loss.detach()

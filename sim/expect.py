@@ -28,9 +28,9 @@ def expected(plan: Plan, pace: Pace) -> dict[str, float]:
     save, load = (float(state_bytes(plan.model)) / bandwidth for bandwidth in (speed.storage_write, speed.storage_read))
     down = _down(plan, speed.init + load)
     budget = math.inf if plan.train.stop_after is None else plan.train.stop_after
-    whole = math.inf if plan.train.steps is None else plan.train.steps * pace.step_time
-    work = min(plan.checkpoint.every * pace.step_time if plan.checkpoint.every else math.inf, whole, budget)
-    pause = save + (work / (plan.train.evaluate_every * pace.step_time) * pace.evaluate if plan.train.evaluate_every else 0.0)
+    whole = math.inf if plan.train.steps is None else plan.train.steps * pace.stride
+    work = min(plan.checkpoint.every * pace.stride if plan.checkpoint.every else math.inf, whole, budget)
+    pause = save + (work / (plan.train.evaluate_every * pace.stride) * pace.evaluate if plan.train.evaluate_every else 0.0)
     eta = useful(falls, work, pause, down)
     wall = min(speed.init + (whole / eta if eta else math.inf), budget)
     done = min(whole, max(0.0, wall - speed.init) * eta)

@@ -78,7 +78,7 @@ def conserve(history: History) -> None:
     ranks, spares = plan.ranks, plan.cluster.spares * plan.cluster.gpus_per_node
     price = plan.price.gpu_hours[plan.gpu.name].mid
     new = sum(states.get(state, 0.0) for state in history.pace.mix)
-    useful = history.steps * history.pace.step_time * ranks
+    useful = history.steps * history.pace.stride * ranks
     _same("time", sum(states.values()), ranks * wall)
     _same("energy", sum(meter.watts({state: 1.0}) * seconds / ranks for state, seconds in states.items()), foot.energy)
     _same("money", (sum(states.values()) + spares * wall) / 3600 * price, foot.cost[0])

@@ -32,6 +32,12 @@ class Pace:
     memory: float  # peak on a rank [B]
     mfu: float
     tokens_per_s: float
+    fullness: float = 1.0  # mean batch over the full one: less than 1 where the batch warms up
+
+    @property
+    def stride(self) -> float:
+        """Mean time of a step over the run [s]."""
+        return self.step_time * self.fullness
 
 
 def paces(plans: Sequence[Plan]) -> list[Pace]:
@@ -43,8 +49,14 @@ def paces(plans: Sequence[Plan]) -> list[Pace]:
     for i, (parts, total) in enumerate(zip(seconds.T, seconds.sum(axis=0), strict=True)):
         mix = {name: float(part / total) for name, part in zip(names, parts, strict=True) if part > 0}
         numbers = (float(column[i]) for column in (s.evaluate, s.memory, s.mfu, s.tokens_per_s))
-        found.append(Pace(float(s.step_time[i]), mix, *numbers))
+        found.append(Pace(float(s.step_time[i]), mix, *numbers, _fullness(plans[i])))
     return found
+
+
+def _fullness(plan: Plan) -> float:
+    """Mean batch of the run's steps over the full one."""
+    steps = plan.train.steps
+    return plan.samples(steps) / (steps * plan.train.global_batch) if steps else 1.0
 
 
 def pace(plan: Plan) -> Pace:
@@ -160,7 +172,7 @@ class Pretraining:
 
     def _leg(self) -> int:
         """Steps until something is due; 0 when the run is over. The clock is looked at between steps, so the last one is whole."""
-        left = math.ceil((self.deadline - self.world.now) / self.pace.step_time - 1e-9) if self.deadline < math.inf else math.inf
+        left = math.ceil((self.deadline - self.world.now) / self.pace.stride - 1e-9) if self.deadline < math.inf else math.inf
         last = math.inf if self.plan.train.steps is None else self.plan.train.steps
         stops = (last, next_due(self.step, self.plan.train.evaluate_every), next_due(self.step, self.checkpoints.every))
         return int(max(0, min(left, min(stops) - self.step)))
@@ -168,10 +180,10 @@ class Pretraining:
     def _walk(self, count: int) -> Course[None]:
         start, first, whole = self.world.now, self.step, False
         try:
-            yield self.world.env.timeout(count * self.pace.step_time)
+            yield self.world.env.timeout(count * self.pace.stride)
             whole = True
         finally:
-            walked = count if whole else min(count, (self.world.now - start) / self.pace.step_time)
+            walked = count if whole else min(count, (self.world.now - start) / self.pace.stride)
             self.step = first + int(walked)
             self._count(start, first, first + walked)
 
@@ -179,7 +191,7 @@ class Pretraining:
         """Ground walked before is replay, ground beyond is new."""
         now, border = self.world.now, self.world.now
         if reached > self.furthest:
-            border = min(now, start + (self.furthest - first) * self.pace.step_time)
+            border = min(now, start + (self.furthest - first) * self.pace.stride)
         self.world.timeline.spend(STAGE, {"replay": 1.0}, start, border, self.step)
         self.world.timeline.spend(STAGE, self.pace.mix, border, now, self.step)
         self.furthest = max(self.furthest, reached)

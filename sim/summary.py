@@ -32,7 +32,7 @@ def pretraining(history: History) -> dict[str, float]:
         "parameters": float(parameters(plan.model)),
         "checkpoint_bytes": float(state_bytes(plan.model)),
     }
-    tokens = history.steps * plan.tokens_per_step
+    tokens = plan.samples(history.steps) * plan.train.seq_len
     return told | ({"final_loss": loss(plan, tokens)} if plan.law.name != "none" and tokens else {})
 
 
@@ -50,11 +50,11 @@ def loss(plan: Plan, tokens: float) -> float:
 def run(history: History) -> dict[str, float]:
     """Of the whole run; goodput and ETTR are of pre-training."""
     plan, pace, foot, trained = history.plan, history.pace, history.footprint, history.trained
-    tokens = history.steps * plan.tokens_per_step
+    tokens = plan.samples(history.steps) * plan.train.seq_len
     return {
         "wall_clock": history.timeline.until,
         "goodput": per_second(tokens, trained) / pace.tokens_per_s,
-        "ettr": per_second(history.steps * pace.step_time, trained),
+        "ettr": per_second(history.steps * pace.stride, trained),
         "interruptions": sum(history.falls.values()),
         "interruptions_unexpected": history.falls["unexpected"],
         "tokens": tokens,

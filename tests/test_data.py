@@ -16,9 +16,11 @@ from conf.errors import Refused
 from conf.program import load
 from conf.record import read
 from real import bigram
-from real.data import MAGIC, Order, Tokens, token_bytes
+from real.data import MAGIC, Batches, Order, Tokens, batch_of, token_bytes
+from real.loss import IGNORED
 from real.stage import Manifest, sha256
 from tests.conftest import TINY
+from tests.worlds import Stream, plan_of
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,3 +193,63 @@ def test_a_plan_without_a_corpus_cannot_be_executed(foretold):
         load(["data.path=null"])
     status, _, err = foretold("real", "data.path=null", "data.tokens=1000000")
     assert status == 2 and "real needs a corpus" in err
+
+
+MESHES = [
+    [], ["mesh.dp_shard=4"], ["mesh.dp_replicate=2", "mesh.dp_shard=2"], ["mesh.dp_shard=2", "mesh.tp=2"],
+    ["mesh.dp_shard=2", "mesh.pp=2"], ["mesh.dp_shard=2", "mesh.cp=2"],
+]  # fmt: skip
+
+
+class Numbered:
+    """Windows that hold their own number."""
+
+    def __init__(self, windows: int) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return self.windows
+
+    def window(self, index: int) -> np.ndarray:
+        return np.full(33, index)
+
+
+def seen(words: list[str], windows: int, steps: range) -> list[int]:
+    """The samples of some steps, as the data-parallel ranks of a mesh read them."""
+    plan = plan_of("train.seq_len=32", "train.global_batch=8", "train.first_batch=4", "train.batch_warmup=4", "train.micro_batch=1", *words)
+    ranks = [Batches(Numbered(windows), plan, rank) for rank in range(plan.dp)]  # type: ignore[arg-type]
+    return [int(row[0]) for step in steps for rank in ranks for row in rank.step(step).inputs]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(40, 400), st.integers(1, 12), st.sampled_from(MESHES), st.sampled_from(MESHES))
+def test_an_epoch_is_the_same_on_every_mesh_and_across_a_resume(windows, cut, before, after):
+    """The same samples in the same order; none twice in an epoch, none lost."""
+    steps = windows // 8 + 4
+    cut = min(cut, steps)
+    alone = seen([], windows, range(steps))
+    assert seen(before, windows, range(cut)) + seen(after, windows, range(cut, steps)) == alone
+    assert sorted(alone[:windows]) == list(range(windows))
+
+
+def test_the_batch_grows_and_the_cursor_follows():
+    plan = plan_of("mesh.dp_shard=1", "train.global_batch=16", "train.first_batch=4", "train.batch_warmup=8", "train.micro_batch=1")
+    sizes = [plan.batch(step) for step in range(12)]
+    assert sizes == [4, 4, 8, 8, 12, 12, 16, 16, 16, 16, 16, 16]
+    assert [plan.samples(step) for step in range(13)] == [sum(sizes[:step]) for step in range(13)]
+    assert all(plan.step_of(plan.samples(step)) == step for step in range(13)) and plan.step_of(5) is None
+
+
+def test_nothing_is_predicted_across_documents():
+    plan = plan_of("mesh.dp_shard=1", "train.seq_len=32", "train.document_mask=true")
+    stream = Stream(plan)
+    batch = batch_of(stream, range(20), True)  # type: ignore[arg-type]
+    assert batch.documents is not None
+    ends = set(stream.ends.tolist())
+    for window in range(20):
+        for column in range(32):
+            last = window * 32 + column + 1 in ends
+            assert (int(batch.targets[window, column]) == IGNORED) == last
+            assert (
+                last == (column < 31 and int(batch.documents[window, column]) != int(batch.documents[window, column + 1])) or column == 31
+            )

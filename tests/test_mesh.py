@@ -17,7 +17,7 @@ from tests.worlds import Outcome, Stream, outcome, plan_of
 
 # With this seed no token's choice of experts is close: 8e-6 of a score, a hundred times the rounding, part the last chosen
 # from the first that is not. A choice that flips is no wrong gradient.
-COMMON = ("seed=28", "train.seq_len=32", "train.global_batch=8", "train.epsilon=1e-6", "train.warmup=1", "train.learning_rate=0.001")
+COMMON = ("seed=54", "train.seq_len=32", "train.global_batch=8", "train.epsilon=1e-6", "train.warmup=1", "train.learning_rate=0.001")
 # The model (with what differs from its preset), and the mesh: axes above 1, and further words of the plan.
 CASES = [
     # one axis alone
