@@ -103,7 +103,7 @@ def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, fl
     groups.pop("launch.backward")
     parameters = {"launch": Parameter(launch, "s"), "matmul_launch": Parameter(launch, "s")}
     report = {}
-    size = 2 if plan.train.precision == "bf16" else 4
+    size = 2 if plan.train.half else 4
     if "storage.write" in groups:
         written = groups.pop("storage.write")
         parameters["storage_write"] = Parameter(

@@ -243,6 +243,11 @@ class Train(Node):
     evaluate_every: int = say("steps between evaluations; 0 = only at the end", must=NOT_NEGATIVE)
     evaluate_sequences: int = say("held-out sequences an evaluation; 0 = none", must=NOT_NEGATIVE)
 
+    @property
+    def half(self) -> bool:
+        """Whether activations are in bf16: fp8 is a matter of matrix products alone."""
+        return self.precision in ("bf16", "fp8")
+
 
 @dataclass(kw_only=True)
 class Checkpoint(Node):

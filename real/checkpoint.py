@@ -30,7 +30,7 @@ from conf.files import refusal, write
 from conf.plan import Checkpoint, Plan
 from real.initial import canonical
 from real.model import Decoder
-from real.optim import Optimizer
+from real.optim import Optimizer, local
 from real.stage import sha256
 
 # How a full disk shows: plainly, or as a file that torch's writer finds shorter than what it wrote.
@@ -240,6 +240,10 @@ def load(path: Path, parts: Sequence[Decoder], optimizer: Optimizer, step: int) 
         shown = [line for line in wrong if line.startswith("model.")][:8] or wrong[:8]
         raise Refused(f"{path} is of another model or optimizer, {len(wrong)} tensors differ; start from one of the plan's model", *shown)
     read(wanted, path)
+    for name, _, moments in optimizer.state():  # what is kept in 8 bits was read beside them
+        for key, value in moments.items():
+            if hasattr(value, "codes"):
+                value.copy_(local(wanted[f"optimizer.{name}.{key}"]))
     for _, _, moments in optimizer.state():
         for key, value in moments.items():
             if key == "step":
@@ -256,7 +260,8 @@ def state(parts: Sequence[Decoder], optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A moment, laid out over the ranks as its parameter is."""
+    """A moment, laid out over the ranks as its parameter is; one kept in 8 bits is written in fp32."""
+    value = value.dequantize() if hasattr(value, "codes") else value
     if isinstance(value, DTensor) or not isinstance(parameter, DTensor):
         return value
     return DTensor.from_local(value, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride())

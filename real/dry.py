@@ -104,7 +104,7 @@ def _rehearse(plan: Plan, rank: int) -> Rank:
 def _forward(plan: Plan, axes: parallel.Axes, part: Decoder, last: bool) -> torch.Tensor:
     """One micro-batch through a part; `last` is whether its backward pass reduces the gradients."""
     size, tokens = plan.train.micro_batch, plan.train.seq_len // plan.mesh.cp
-    dtype = torch.bfloat16 if plan.train.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if plan.train.half else torch.float32
     parallel.synchronise(part, last)
     targets = torch.zeros(size, tokens, dtype=torch.int64)
     inside = torch.zeros(size, tokens // plan.mesh.tp, plan.model.hidden, dtype=dtype, requires_grad=True)

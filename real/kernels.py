@@ -41,7 +41,7 @@ class Operation:
 def rows(plan: Plan, folder: Path) -> Iterator[Row]:
     """One row an operation, size and stage."""
     where = device(plan)
-    dtype = torch.bfloat16 if plan.train.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if plan.train.half else torch.float32
     cuda = where.type == "cuda"
     scale = 16 if cuda else 1  # a GPU needs larger tensors to show its rates
     for operation in _operations(where, dtype, scale):

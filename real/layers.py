@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from conf.plan import Model
 from real.collectives import Line, gather, scatter
+from real.fp8 import product
 
 
 def own(parameter: Tensor) -> Tensor:
@@ -26,12 +27,14 @@ class Linear(nn.Linear):
     """A matrix; `bias_share` is this rank's share of the bias where outputs are summed over ranks."""
 
     bias_share = 1.0
+    fp8 = False
 
     def forward(self, x: Tensor) -> Tensor:
+        out = product(x, own(self.weight)) if self.fp8 else F.linear(x, own(self.weight))
         if self.bias is None:
-            return F.linear(x, own(self.weight))
+            return out
         bias = own(self.bias)
-        return F.linear(x, own(self.weight), bias if self.bias_share == 1.0 else bias * self.bias_share)
+        return out + (bias if self.bias_share == 1.0 else bias * self.bias_share)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -41,9 +41,15 @@ class Optimizer:
     def step(self, rate: float) -> None:
         for p, shard in self.shards:
             shard.grad = None if p.grad is None else local(p.grad)
+        self._advance(rate)
+
+    def _advance(self, rate: float) -> None:
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = rate
+                if isinstance(group["lr"], Tensor):  # torchao compiles its step, in which a number would be a constant
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
             part.step()
 
     def zero_grad(self) -> None:
@@ -67,10 +73,7 @@ class Optimizer:
             shard.grad = torch.zeros_like(shard)
         for p in self.whole:
             p.grad = torch.zeros_like(p)
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = 0.0
-            part.step()
+        self._advance(0.0)
         self.zero_grad()
 
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from conf.errors import Refused
 from conf.plan import Plan
+from real import fp8
 from real.attention import Attend, Gathered, Ring, Ulysses, spread
 from real.collectives import Line
 from real.layers import Linear
@@ -44,8 +45,10 @@ def _unbuilt(plan: Plan) -> Iterator[tuple[str, str]]:
     model, precision, mesh = plan.model, plan.train.precision, plan.mesh
     if plan.gpu.kind == "tpu":
         yield "gpu.kind=tpu", "choose a gpu of kind cpu or cuda, for example gpu=cpu_core"
-    if precision in ("fp16", "fp8"):
-        yield f"train.precision={precision}", "set train.precision=" + ("bf16" if plan.gpu.bf16_peak else "fp32")
+    if precision == "fp16":
+        yield "train.precision=fp16", "set train.precision=" + ("bf16" if plan.gpu.bf16_peak else "fp32")
+    if plan.train.optimizer == "adamw8bit" and plan.gpu.kind == "cpu":
+        yield "train.optimizer=adamw8bit on a CPU", "set train.optimizer=adamw"
     if model.positions == "alibi":
         yield "model.positions=alibi", "set model.positions=rope"
     if model.moe.experts and (model.layer_norm or not model.gated):
@@ -108,6 +111,8 @@ def apply(model: Decoder, plan: Plan, axes: Axes, timeline: Timeline) -> None:
     _tensor(model, axes)
     _context(model, plan, axes)
     _experts(model, plan, axes)
+    if plan.train.precision == "fp8":
+        _eighths(model, axes)
     if plan.train.compile:
         compile_blocks(model)
     _shard(model, plan, axes)
@@ -160,14 +165,22 @@ def _experts(model: Decoder, plan: Plan, axes: Axes) -> None:
                 setattr(mixture.experts, key, nn.Parameter(distribute_tensor(parameter, axes.experts["ep"], [Shard(0)])))
 
 
+def _eighths(model: Decoder, axes: Axes) -> None:
+    """Matrix products of the blocks in fp8, where this rank's part has a shape that the kernels take."""
+    tp = axes.tp.size if axes.tp else 1
+    for path, module in model.layers.named_modules():
+        if isinstance(module, Linear):
+            name, (rows, columns) = path.split(".")[-1], module.weight.shape
+            module.fp8 = fp8.fits(columns // (tp if name in ROWS else 1), rows // (tp if name in COLUMNS else 1))
+
+
 def _shard(model: Decoder, plan: Plan, axes: Axes) -> None:
     """FSDP2, replicated over dp_replicate: one unit a block, one for its experts, one for norm and head, one for the embedding.
 
     A tied embedding lives in the root unit, because a parameter has one owner. In a pipeline weights stay gathered for
     the whole step.
     """
-    bf16 = plan.train.precision == "bf16"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if plan.train.half else MixedPrecisionPolicy()
     later: dict[str, Any] = {"reshard_after_forward": False} if plan.mesh.pp > 1 else {}
     replicas = ("dp_replicate",) if plan.mesh.dp_replicate > 1 else ()
     common = {"mesh": axes.shards[(*replicas, "dp_shard")], "mp_policy": policy}

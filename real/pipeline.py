@@ -92,7 +92,7 @@ class Pipeline:
 
     def _activation(self, device: Any, sequences: int, tokens: int) -> Tensor:
         """What travels between stages, [B, T, D], cut over tp."""
-        dtype = torch.bfloat16 if self.plan.train.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if self.plan.train.half else torch.float32
         return torch.empty(sequences, tokens // self.plan.mesh.tp, self.plan.model.hidden, dtype=dtype, device=device)
 
     def step(self, inputs: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ class Progress:
         self.plan, self.predicted, self.first = plan, predicted, first
         self.terminal = sys.stdout.isatty()
         self.recent: deque[float] = deque(maxlen=50)
-        peak = plan.gpu.bf16_peak if plan.train.precision == "bf16" else plan.gpu.fp32_peak
+        peak = plan.gpu.peak(plan.train.precision)
         self.peak = (peak or plan.gpu.fp32_peak) * plan.ranks
         self.shown = 0.0
 

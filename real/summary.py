@@ -40,7 +40,7 @@ def _training(plan: Plan, rows: list[Mapping[str, Any]], events: list[Mapping[st
     times = sorted(by_step.values())
     step_time = Value(statistics.median(times), times[len(times) // 10], times[len(times) * 9 // 10])
     rate = plan.tokens_per_step / step_time.value
-    peak = (plan.gpu.bf16_peak if plan.train.precision == "bf16" else plan.gpu.fp32_peak) or math.nan
+    peak = plan.gpu.peak(plan.train.precision) or math.nan
     wall = sum(r["value"] for r in rows if r["stage"] == "pretrain" and r["quantity"] in STATES) / plan.ranks
     tokens = sum(plan.batch(step - 1) for step in by_step) * plan.train.seq_len
     stops = sum(1 for event in events if event["stage"] == "run" and event["event"] == "start") - 1

@@ -127,6 +127,110 @@ def _interleaved(overrides: list[str], run: Path, pairs: int = 150) -> list[str]
     ]
 
 
+def trainers() -> None:
+    """Tokens a second of this trainer, of a plain loop and of Hugging Face's Trainer: one model, batch and thread, in turns."""
+    folder = Path(tempfile.mkdtemp())
+    overrides = ["cluster.gpus_per_node=1", "model.hidden=128", "model.heads=4", "train.global_batch=4", "train.micro_batch=4", LITTLE]
+    foretold("real", "only=extract,dedup,tokens", *overrides, cwd=folder)
+    print(_beside(overrides, next(folder.glob("runs/*/real"))))
+
+
+def _beside(overrides: list[str], run: Path, rounds: int = 8, steps: int = 25) -> str:
+    import torch
+    import transformers
+
+    from conf.program import load
+    from conf.record import Record
+    from real import huggingface, pretrain
+    from real.cluster import keep_memory
+    from real.data import Tokens
+    from real.loss import loss_sum
+    from real.timeline import Timeline
+    from real.trainer import Trainer
+
+    torch.set_num_threads(1)
+    keep_memory()
+    plan = load(overrides)
+    timeline, record = Timeline(), Record(run)
+    ours = Trainer(plan, Tokens(run / "tokens", "train", plan.train.seq_len), timeline)
+    told = huggingface.config(plan.model, plan.train.seq_len) | {"use_cache": False}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**told))
+    plain = Trainer(plan, ours.tokens, timeline).parts[0]
+    adam = torch.optim.AdamW(plain.parameters(), fused=True)
+    batches = [ours.batches.step(step) for step in range(steps)]
+    rows = [{"input_ids": row, "labels": row} for batch in batches for row in batch.inputs]
+    times: dict[str, list[float]] = {"ours": [], "plain": [], "theirs": []}
+
+    def run_ours() -> None:
+        for step in range(steps):
+            began = time.perf_counter()
+            loss, norm = ours.step(step)
+            pretrain.tell(plan, record, step + 1, pretrain.book(record, timeline, step + 1), loss, norm)
+            record.flush()
+            times["ours"].append(time.perf_counter() - began)
+
+    def run_plain() -> None:
+        for batch in batches:
+            began = time.perf_counter()
+            loss = loss_sum(plain(batch.inputs), batch.targets) / plan.tokens_per_step
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), plan.train.clip)
+            adam.step()
+            adam.zero_grad(set_to_none=True)
+            float(loss.detach())
+            times["plain"].append(time.perf_counter() - began)
+
+    class Watch(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            now = time.perf_counter()
+            if hasattr(self, "began"):
+                times["theirs"].append(now - self.began)
+            self.began = now
+
+    settings = transformers.TrainingArguments(
+        output_dir=str(run / "hf"), per_device_train_batch_size=4, max_steps=steps + 1, use_cpu=True, report_to=[], save_strategy="no",
+        optim="adamw_torch_fused", logging_steps=10_000, disable_tqdm=True, max_grad_norm=plan.train.clip, seed=0)  # fmt: skip
+    for turn in range(rounds):
+        runs = [run_ours, run_plain, lambda: transformers.Trainer(theirs, settings, train_dataset=rows, callbacks=[Watch()]).train()]
+        for work in runs[turn % 3 :] + runs[: turn % 3]:
+            work()
+    mine, bare, other = (statistics.median(times[name]) for name in ("ours", "plain", "theirs"))
+    rates = " ".join(f"{name} {plan.tokens_per_step / seconds:,.0f}" for name, seconds in zip(times, (mine, bare, other), strict=True))
+    asked = "asked: at least 0.98 and 1.1"
+    return f"tokens/s: {rates}; {bare / mine:.3f} of the plain loop, {other / mine:.3f} of Hugging Face's Trainer ({asked})"
+
+
+def saving() -> None:
+    """Time that a checkpoint takes from training, at once and beside it; saves in turns on one rank, 20 million parameters."""
+    import torch
+
+    from conf.program import load
+    from real import checkpoint
+    from real.optim import Optimizer
+    from real.trainer import laid_out
+
+    torch.set_num_threads(1)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    plan = load(["cluster.gpus_per_node=1", "model.hidden=512", "model.heads=8", "model.ffn=1408", "model.layers=6"])
+    from real.initial import initialise
+    from real.timeline import Timeline
+
+    model = laid_out(plan, None, Timeline(), None).to_empty(device="cpu")
+    model.tie()
+    initialise(model, 0)
+    optimizer = Optimizer([model], plan.train)
+    optimizer.begin()
+    for turn in range(8):
+        beside = turn % 2 == 1
+        writer = checkpoint.Writer(Path(tempfile.mkdtemp()), plan.but(checkpoint=plan.checkpoint.but(asynchronous=beside)))
+        began = time.perf_counter()
+        writer.save(checkpoint.state([model], optimizer), turn)
+        times[beside].append(time.perf_counter() - began)
+        writer.finish()
+    whole, aside = statistics.median(times[False]), statistics.median(times[True][1:])
+    print(f"a checkpoint takes {whole * 1e3:.0f} ms, beside training {aside * 1e3:.1f} ms: {aside / whole:.1%} (asked: at most 5%)")
+
+
 def sim() -> None:
     """Seconds of `foretold sim json=true` for 16,384 GPUs and 54 days."""
     folder = Path(tempfile.mkdtemp())
@@ -139,7 +243,7 @@ def sim() -> None:
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["sim", "bookkeeping", "prediction"]
+    chosen = sys.argv[1:] or ["sim", "bookkeeping", "trainers", "saving", "prediction"]
     for name in chosen:
         print(f"\n== {name}")
-        {"prediction": prediction, "bookkeeping": bookkeeping, "sim": sim}[name]()
+        {"prediction": prediction, "bookkeeping": bookkeeping, "sim": sim, "trainers": trainers, "saving": saving}[name]()

@@ -82,11 +82,12 @@ def spawn(plan: Plan, work: Callable[..., Any], *arguments: Any, timeout: float 
 def _rank(rank: int, plan: Plan, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ["RANK"] = str(rank)
     try:
-        if plan.ranks > 1:
+        several = plan.ranks > 1 or plan.train.half
+        if several:
             store = dist.FileStore(str(folder / "store"), plan.ranks)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.ranks, timeout=timedelta(seconds=60))
         work(plan, *arguments)
-        if plan.ranks > 1:
+        if several:
             dist.barrier()
             dist.destroy_process_group()
     except BaseException:
@@ -103,7 +104,7 @@ def train(plan: Plan, folder: Path, steps: int) -> None:
     told = [trainer.step(step) for step in range(steps)]
     if os.environ["RANK"] == "0":
         torch.save(told, folder / "told")
-    dcp.save(state(trainer.parts, trainer.optimizer), checkpoint_id=folder / "state", no_dist=plan.ranks == 1)
+    dcp.save(state(trainer.parts, trainer.optimizer), checkpoint_id=folder / "state", no_dist=not dist.is_initialized())
 
 
 def outcome(plan: Plan, steps: int = 5) -> Outcome:
