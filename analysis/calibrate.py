@@ -78,7 +78,7 @@ def fit(plan: Plan, folder: Path) -> tuple[dict[str, Parameter], dict[str, float
     for kind, rows in _by(table(folder / "network.csv"), "op").items():
         if kind in COLLECTIVES:
             ring = 2 if kind == "all_reduce" else 1
-            hops = [ring * (int(r["ranks"]) - 1) for r in rows]
+            hops = [1 if kind == "all_to_all" else ring * (int(r["ranks"]) - 1) for r in rows]
             share = [ring * (int(r["ranks"]) - 1) / int(r["ranks"]) * int(r["bytes"]) for r in rows]
         else:
             hops, share = [1 for _ in rows], [int(r["bytes"]) for r in rows]

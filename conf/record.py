@@ -34,6 +34,7 @@ QUANTITIES: dict[str, tuple[str, str]] = {
     "tokens_per_s_per_gpu": ("token/s", "tokens processed a second and device"),
     "mfu": ("1", "model FLOPs utilisation, PaLM convention (full attention), of the peak at the plan's precision"),
     "peak_memory": ("B", "most memory a rank held above its start"),
+    "reserved_memory": ("B", "most memory that the allocator of a GPU held, in use or not"),
     "final_loss": ("nat", "held-out loss a token at the end"),
     "loss": ("nat", "training loss a token of one step"),
     "gradient_norm": ("1", "global gradient norm of one step, before clipping"),

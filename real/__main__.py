@@ -40,6 +40,7 @@ OPTIONS = {
     "fresh": ("false", "delete this plan's earlier run first"),
     "start": ("", "begin from this run or checkpoint of any mesh, or from this folder in Hugging Face's layout"),
     "export": ("", "write the newest checkpoint's model into this folder in Hugging Face's layout, and stop"),
+    "trace": ("", "steps that torch's profiler watches, as in trace=20-22; one profile.rankN.json.gz a rank opens in Perfetto"),
     "dry": ("false", "build everything on fake devices, say what each rank holds and sends, and stop"),
     "runs": ("runs", "folder of the records"),
     "json": ("false", "print summary.json and nothing else"),
@@ -71,7 +72,7 @@ def _main(args: list[str]) -> int:
         return _export(plan, folder, Path(options["export"]), options)
     if flag(options, "dry"):
         return _dry(plan, home, quiet)
-    source = _source(options["start"])
+    source, traced = _source(options["start"]), _steps(options["trace"])
     if options["slurm"] != "no":
         return _slurm(plan, home, options)
     _check(plan, only)
@@ -83,7 +84,7 @@ def _main(args: list[str]) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     with _quiet(quiet):
         try:
-            told = _run(plan, folder, only, source)
+            told = _run(plan, folder, only, source, traced)
         except KeyboardInterrupt:
             words = shlex.join(["foretold", "real", *again])
             print(f"\nstopped; the record so far is in {folder}; go on with: {words}", file=sys.stderr)
@@ -151,6 +152,15 @@ def _source(asked: str) -> Path | None:
     return Path(asked).resolve() if asked else None
 
 
+def _steps(asked: str) -> tuple[int, int] | None:
+    if not asked:
+        return None
+    first, _, last = asked.partition("-")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+        raise Refused(f"trace={asked} is no range of steps; write for example trace=20-22")
+    return int(first), int(last)
+
+
 def _export(plan: Plan, folder: Path, target: Path, options: Mapping[str, str]) -> int:
     from real import checkpoint, huggingface
 
@@ -171,10 +181,10 @@ def _dry(plan: Plan, home: Path, quiet: bool) -> int:
     return 0
 
 
-def _run(plan: Plan, folder: Path, only: Sequence[str], source: Path | None) -> dict[str, Any]:
+def _run(plan: Plan, folder: Path, only: Sequence[str], source: Path | None, traced: tuple[int, int] | None) -> dict[str, Any]:
     """The stages, in the order of a life."""
     _announce(plan, folder)
-    life = Life(plan, folder, _say, source)
+    life = Life(plan, folder, _say, source, traced)
     if set(only) & set(DATA):
         life.data([name for name in DATA if name in only])
     if set(only) & set(MEASURES):

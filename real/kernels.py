@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conf.arithmetic import attention_matrices
 from conf.plan import Mla, Model, Moe, Plan
 from real.cluster import device
 from real.loss import loss_sum
@@ -44,7 +45,7 @@ def rows(plan: Plan, folder: Path) -> Iterator[Row]:
     dtype = torch.bfloat16 if plan.train.half else torch.float32
     cuda = where.type == "cuda"
     scale = 16 if cuda else 1  # a GPU needs larger tensors to show its rates
-    for operation in _operations(where, dtype, scale):
+    for operation in (*_operations(where, dtype, scale), *_of_the_plan(plan, where, dtype)):
         yield from _timed(operation, plan, cuda)
     yield from _blocks(plan, where, dtype, scale)
     yield from _optimizer(plan, where, scale)
@@ -95,6 +96,26 @@ def _operations(where: torch.device, dtype: torch.dtype, scale: int) -> Iterator
         targets = torch.randint(n, (1, m), device=where)
         yield Operation("loss", {"m": m, "n": n}, lambda x, t=targets: loss_sum(x[None], t), (tensor(m, n),))
     yield Operation("launch", {"m": 1, "k": 1}, torch.add, (tensor(1), tensor(1)))
+
+
+def _of_the_plan(plan: Plan, where: torch.device, dtype: torch.dtype) -> Iterator[Operation]:
+    """The matrix products and the attention of one of the plan's micro-batches, at their own shapes, where memory allows."""
+    model, tp = plan.model, plan.mesh.tp
+    tokens = plan.train.micro_batch * plan.train.seq_len // plan.mesh.cp
+    *into, out = attention_matrices(model)
+    pairs = {(int(n) // tp, int(k)) for n, k, there in into if there} | {(int(out[0]), int(out[1]) // tp)}
+    pairs |= {(model.ffn // tp, model.hidden), (model.hidden, model.ffn // tp), (model.vocab // tp, model.hidden)}
+    for n, k in sorted(pairs):
+        if 4 * 3 * (tokens * (n + k) + n * k) <= plan.gpu.memory:
+
+            def tensor(*shape: int) -> Tensor:
+                return torch.randn(*shape, device=where, dtype=dtype, requires_grad=True)
+
+            yield Operation("matmul", {"m": tokens, "n": n, "k": k}, F.linear, (tensor(tokens, k), tensor(n, k)))
+    heads, kv, width = model.heads // tp, max(1, model.kv_heads // tp), model.head_dim
+    shape = {"batch": plan.train.micro_batch, "seq": plan.train.seq_len, "heads": heads, "kv_heads": kv, "qk_head_dim": width}
+    q, k, v = (torch.randn(plan.train.micro_batch, plan.train.seq_len, h, width, device=where, dtype=dtype) for h in (heads, kv, kv))
+    yield Operation("attention", shape, _attention, tuple(x.requires_grad_() for x in (q, k, v)))
 
 
 def _attention(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ NO_CORPUS = "data.path=null: real needs a corpus; name a file, folder or glob, o
 class Life:
     """One run of a plan in its folder; an earlier attempt's clock goes on where its ledger ends."""
 
-    def __init__(self, plan: Plan, folder: Path, say: Callable[[str], None], source: Path | None = None) -> None:
-        self.plan, self.folder, self.say, self.source = plan, folder, say, source
+    def __init__(self, plan: Plan, folder: Path, say: Callable[[str], None], source: Path | None = None,
+                 traced: tuple[int, int] | None = None) -> None:  # fmt: skip
+        self.plan, self.folder, self.say, self.source, self.traced = plan, folder, say, source, traced
         earlier = read(folder, "ledger") if folder.is_dir() else []
         before = max((row["at"] for row in earlier), default=0.0)
         self.furthest = max((row["step"] or 0 for row in earlier if row["quantity"] == "step_time"), default=0)
@@ -121,7 +122,7 @@ class Life:
         foretold = told["quantities"].get("pretrain.step_time", {}).get("value") if told else None
         self.record.event("pretrain", "start")
         launched = self.record.now()
-        self._launch(pretrain, Start(self.folder, self.epoch, launched, self.furthest, foretold, self.source))
+        self._launch(pretrain, Start(self.folder, self.epoch, launched, self.furthest, foretold, self.source, self.traced))
         self._spend_rest("pretrain", launched)
 
     def measure(self, names: Collection[str]) -> None:

@@ -26,6 +26,10 @@ class Gauge:
         highest = float(torch.cuda.max_memory_allocated()) if self.cuda else _resident("VmHWM:")
         return max(0.0, highest - self.base)
 
+    def reserved(self) -> float | None:
+        """Bytes that the GPU's allocator took, in use or not; None on a CPU."""
+        return float(torch.cuda.max_memory_reserved()) if self.cuda else None
+
 
 def _resident(field: str) -> float:
     try:

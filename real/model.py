@@ -116,8 +116,11 @@ class LatentAttention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, model: Model, index: int) -> None:
+    """One layer; its activations are computed again in the backward pass as `recompute` says: none, selective or full."""
+
+    def __init__(self, model: Model, index: int, recompute: str = "none") -> None:
         super().__init__()
+        self.recompute = recompute
         mixed = model.moe.experts > 0 and index >= model.moe.dense_layers
         self.input_layernorm = norm(model)
         self.self_attn = LatentAttention(model) if model.mla.kv_rank else Attention(model)
@@ -125,6 +128,13 @@ class Block(nn.Module):
         self.mlp = Mixture(model) if mixed else FeedForward(model, model.ffn)
 
     def forward(self, x_BTD: Tensor, angles: Angles, documents: Tensor | None) -> Tensor:
+        # Inside the module, so that sharding gathers once for both passes and a compiler sees the two together.
+        if self.recompute == "none" or not self.training:
+            return self._layer(x_BTD, angles, documents)
+        options = {"context_fn": partial(create_selective_checkpoint_contexts, _keep)} if self.recompute == "selective" else {}
+        return checkpoint(self._layer, x_BTD, angles, documents, use_reentrant=False, **options)  # type: ignore[no-any-return]
+
+    def _layer(self, x_BTD: Tensor, angles: Angles, documents: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), angles, documents)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
@@ -138,11 +148,11 @@ class Decoder(nn.Module):
     def __init__(self, model: Model, recompute: str = "none", layers: Collection[int] | None = None, first: bool = True,
                  last: bool = True) -> None:  # fmt: skip
         super().__init__()
-        self.shape, self.recompute, self.tp = model, recompute, None
+        self.shape, self.tp = model, None
         self.spread: Callable[[int], Tensor] = torch.arange  # positions of this rank's tokens
         self.embed_tokens = Embedding(model.vocab, model.hidden) if first else None
         self.embed_positions = nn.Embedding(model.position_rows, model.hidden) if first and model.position_rows else None
-        self.layers = nn.ModuleDict({str(i): Block(model, i) for i in (range(model.layers) if layers is None else layers)})
+        self.layers = nn.ModuleDict({str(i): Block(model, i, recompute) for i in (range(model.layers) if layers is None else layers)})
         self.norm = norm(model) if last else None
         self.lm_head = Head(model.hidden, model.vocab, bias=False) if last else None
         self._angles: dict[Any, Angles] = {}
@@ -159,7 +169,7 @@ class Decoder(nn.Module):
             x = self._embed(x)
         angles = self._turns(tokens, x)
         for block in self.layers.values():
-            x = self._again(block, x, angles, documents) if self.recompute != "none" and self.training else block(x, angles, documents)
+            x = block(x, angles, documents)
         if self.norm is None or self.lm_head is None:
             return x
         return self.lm_head(self.norm(x))
@@ -173,11 +183,6 @@ class Decoder(nn.Module):
         if self.tp:
             positions = positions.chunk(self.tp.size)[self.tp.rank]
         return x_BTD + own(self.embed_positions.weight)[positions]
-
-    def _again(self, block: nn.Module, *inputs: Any) -> Tensor:
-        """The block, with its activations computed again in the backward pass."""
-        options = {"context_fn": partial(create_selective_checkpoint_contexts, _keep)} if self.recompute == "selective" else {}
-        return checkpoint(block, *inputs, use_reentrant=False, **options)  # type: ignore[no-any-return]
 
     def _turns(self, tokens: int, like: Tensor) -> Angles:
         if self.shape.positions != "rope":

@@ -103,6 +103,7 @@ class Mixture(nn.Module):
         out = mixed.view_as(x_BTD)
         return out if self.shared_experts is None else out + self.shared_experts(x_BTD)
 
+    @torch.compiler.disable  # rows travel in numbers that no compiler can foresee
     def _visit(self, sent: Tensor, counts: Tensor) -> Tensor:
         """The experts' outputs for rows sorted by expert."""
         if self.ep is None:

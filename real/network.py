@@ -31,11 +31,12 @@ def rows(plan: Plan) -> Iterator[Row]:
     where = device(plan)
     for size in SIZES:
         whole = torch.zeros(size // 4 // ranks * ranks, device=where)
-        part = torch.zeros(whole.numel() // ranks, device=where)
+        part, other = torch.zeros(whole.numel() // ranks, device=where), torch.empty_like(whole)
         works: dict[str, Callable[[], Any]] = {
             "all_gather": lambda w=whole, p=part: gather(w, p),
             "reduce_scatter": lambda w=whole, p=part: scatter(p, w),
             "all_reduce": lambda w=whole: dist.all_reduce(w),
+            "all_to_all": lambda w=whole, o=other: dist.all_to_all_single(o, w),
         }
         for op, work in works.items():
             seconds = _together(work, cuda)

@@ -41,6 +41,7 @@ class Start:
     furthest: int  # steps that an earlier attempt had done
     predicted: float | None  # the simulator's step time [s]
     source: Path | None = None  # a checkpoint, or a Hugging Face model, to start from
+    traced: tuple[int, int] | None = None  # first and last step that torch's profiler watches
 
 
 def pretrain(plan: Plan, start: Start) -> None:
@@ -59,8 +60,14 @@ def pretrain(plan: Plan, start: Start) -> None:
     progress = Progress(plan, start.predicted, first) if rank() == 0 else None
     book(record, timeline, None)
     step, over = first, False
+    profiler = _profiler(plan.gpu.kind == "cuda") if start.traced else None
     while not over:
+        if profiler and start.traced and step + 1 == start.traced[0]:
+            profiler.start()
         loss, norm = trainer.step(step)
+        if profiler and start.traced and step + 1 == start.traced[1]:
+            profiler.stop()
+            profiler.export_chrome_trace(str(start.folder / f"profile.rank{rank()}.json.gz"))
         step += 1
         seconds = book(record, timeline, step, replay=step <= start.furthest)
         tell(plan, record, step, seconds, loss, norm)
@@ -79,9 +86,15 @@ def pretrain(plan: Plan, start: Start) -> None:
     trainer.timeline.enter("checkpoint")
     _saved(record, writer.finish())
     book(record, trainer.timeline, None)
-    _finish(plan, trainer, record, step, tokens, held_out, gauge.peak(), power.joules(), start)
+    _finish(plan, trainer, record, step, tokens, held_out, gauge, power.joules(), start)
     if progress:
         progress.close()
+
+
+def _profiler(cuda: bool) -> torch.profiler.profile:
+    """Torch's own, which sees every operator and kernel."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    return torch.profiler.profile(activities=kinds, record_shapes=True)
 
 
 def tell(plan: Plan, record: Record, step: int, seconds: float, loss: float, norm: float) -> None:
@@ -209,8 +222,10 @@ def _saved(record: Record, safe: list[tuple[int, int]]) -> None:
 
 
 def _finish(plan: Plan, trainer: Trainer, record: Record, step: int, tokens: Tokens, held_out: HeldOut | None,
-            peak: float, joules: float | None, start: Start) -> None:  # fmt: skip
-    record.observe(STAGE, "peak_memory", peak, step)
+            gauge: Gauge, joules: float | None, start: Start) -> None:  # fmt: skip
+    record.observe(STAGE, "peak_memory", gauge.peak(), step)
+    if (reserved := gauge.reserved()) is not None:
+        record.observe(STAGE, "reserved_memory", reserved, step)
     count = optim.count(trainer.optimizer.named, trainer.twice)
     if rank() == 0:
         record.observe(STAGE, "parameters", count, step)

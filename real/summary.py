@@ -55,7 +55,7 @@ def _training(plan: Plan, rows: list[Mapping[str, Any]], events: list[Mapping[st
         "run.ettr": sum(by_step.values()) / wall,
         "run.goodput": tokens / (rate * wall),
     }
-    for name in ("peak_memory", "parameters", "checkpoint_bytes"):
+    for name in ("peak_memory", "reserved_memory", "parameters", "checkpoint_bytes"):
         told |= {f"pretrain.{name}": max(of(name))} if of(name) else {}
     for name in ("held_out_bits_per_byte", "bigram_bits_per_byte"):
         told |= {f"pretrain.{name}": of(name)[-1]} if of(name) else {}

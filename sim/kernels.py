@@ -63,7 +63,7 @@ class Rates:
     workers: float  # s to start the workers of the data stages
 
 
-COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 
 def rates(plan: Plan) -> Rates:

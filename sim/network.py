@@ -75,6 +75,6 @@ class Network:
         allows only some, and fans out there (DeepSeek-V3, arXiv 2412.19437, section 3.2.2).
         """
         domains = np.maximum(1.0, n / self.domain)
-        near = copies * (1 - 1 / np.maximum(1.0, np.minimum(n, self.domain))) * size / self.device["link.all_gather"]
+        near = copies * (1 - 1 / np.maximum(1.0, np.minimum(n, self.domain))) * size / self.device["link.all_to_all"]
         far = np.minimum(np.minimum(copies, self.node_limit), domains) * (1 - 1 / domains) * size / self.nic
-        return np.where(n > 1, self.latency("all_gather", n) + np.maximum(near, far), 0.0)
+        return np.where(n > 1, self.latency("all_to_all", n) + np.maximum(near, far), 0.0)
