@@ -80,7 +80,7 @@ def _pipeline(plan: Plan) -> Iterator[str]:
         yield f"mesh.schedule={mesh.pipeline} needs mesh.vpp={wanted.replace('2+', '2 or more')}, it is {mesh.vpp}; {fitting[-1]} takes it"
     stages = mesh.pp * mesh.vpp
     if mesh.vpp > 1 and model.layers % stages and (model.layers + 2) % stages:
-        yield f"mesh.vpp={mesh.vpp} × mesh.pp={mesh.pp} = {stages} must divide the layers, {model.layers}; set mesh.vpp=1"
+        yield f"mesh.vpp={mesh.vpp} × mesh.pp={mesh.pp} = {stages} must divide the layers, {model.layers}, or these and 2; set mesh.vpp=1"
     least = {"dualpipev": 2 * mesh.pp}.get(mesh.pipeline, 1)
     share = plan.dp * plan.train.micro_batch
     for key in ("global_batch", "first_batch"):

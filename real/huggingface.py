@@ -231,8 +231,8 @@ def refuse_other(folder: Path, model: Model) -> None:
     except ValueError as error:
         raise Refused(f"{folder / 'config.json'} is no JSON ({error}); copy it again") from error
     keys = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "intermediate_size", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "kv_lora_rank",
-            "n_embd", "n_layer", "n_head")  # fmt: skip
+            "intermediate_size", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok",
+            "moe_intermediate_size", "kv_lora_rank", "n_embd", "n_layer", "n_head")  # fmt: skip
     wanted = config(model, 1)
     wrong = [f"{key} is {found.get(key)} in config.json, {wanted[key]} in the plan" for key in keys if wanted.get(key) != found.get(key)
              and key in wanted and key in found]  # fmt: skip

@@ -119,7 +119,8 @@ class Life:
         if self.plan.data.path is None:
             raise Refused(NO_CORPUS)
         told = read_summary(self.folder.parent / "sim")
-        foretold = told["quantities"].get("pretrain.step_time", {}).get("value") if told else None
+        quantities = told["quantities"] if told else {}
+        foretold = {n: quantities[f"pretrain.{n}"]["value"] for n in ("step_time", "peak_memory") if f"pretrain.{n}" in quantities}
         self.record.event("pretrain", "start")
         launched = self.record.now()
         self._launch(pretrain, Start(self.folder, self.epoch, launched, self.furthest, foretold, self.source, self.traced))

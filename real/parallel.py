@@ -57,6 +57,8 @@ def _unbuilt(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "model.mla with model.qk_norm or model.layer_norm", "set model.qk_norm=false model.layer_norm=false"
     if not plan.train.fused_attention:
         yield "train.fused_attention=false", "set train.fused_attention=true"
+    if model.moe.experts and plan.train.compile and plan.train.recompute != "none":
+        yield f"train.compile=true with train.recompute={plan.train.recompute} in a mixture of experts", "set train.compile=false"
     if model.vocab % mesh.tp:
         yield f"model.vocab={model.vocab} on mesh.tp={mesh.tp} ranks", f"set model.vocab={-(-model.vocab // mesh.tp) * mesh.tp}"
     tokens, heads = plan.train.seq_len, model.heads // mesh.tp if model.mla.kv_rank else model.kv_heads // mesh.tp

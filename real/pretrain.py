@@ -5,6 +5,7 @@ and the order of the data are functions of the step, and nothing else is random.
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from conf.errors import Refused
 from conf.plan import Plan
 from conf.record import Record
+from conf.units import show
 from real import bigram, checkpoint, huggingface, optim, parallel
 from real.cluster import rank
 from real.data import Order, Tokens, refuse_small
@@ -28,6 +30,7 @@ from real.timeline import Timeline
 from real.trainer import HeldOut, Trainer
 
 STAGE = "pretrain"
+EMPTY = ("CUDA out of memory", "can't allocate memory", "Cannot allocate memory")  # how devices say that memory has run out
 BASELINE_TOKENS = 50_000_000  # above this the bigram would need more memory than a laptop has
 
 
@@ -39,13 +42,36 @@ class Start:
     epoch: float  # wall-clock time (Unix) at which the run's clock showed zero
     launched: float  # the run's clock when the ranks were started
     furthest: int  # steps that an earlier attempt had done
-    predicted: float | None  # the simulator's step time [s]
+    predicted: dict[str, float]  # the simulator's step time [s] and peak memory [B], where it was asked
     source: Path | None = None  # a checkpoint, or a Hugging Face model, to start from
     traced: tuple[int, int] | None = None  # first and last step that torch's profiler watches
 
 
 def pretrain(plan: Plan, start: Start) -> None:
-    """The whole stage on one rank."""
+    """The whole stage on one rank.
+
+    Raises Refused when memory runs out: what was foretold, what there is, and what would help.
+    """
+    try:
+        _pretrain(plan, start)
+    except (RuntimeError, MemoryError) as error:
+        if not any(sign in str(error) for sign in EMPTY) and not isinstance(error, MemoryError):
+            raise
+        raise Refused(_too_large(plan, start, str(error))) from error
+
+
+def _too_large(plan: Plan, start: Start, error: str) -> str:
+    asked = re.search(r"allocate (\d[\d.]* ?\w+)", error)
+    wanted = f"asking for {asked[1]} more" if asked else "asking for more"
+    told = start.predicted.get("peak_memory")
+    foretold = f"{show(told, 'B')} were foretold" if told else "nothing was foretold (foretold sim does)"
+    train = plan.train
+    cures = [f"train.micro_batch={train.micro_batch // 2}"] if train.micro_batch > 1 else ["a larger mesh.tp, mesh.pp or mesh.cp"]
+    cures += [f"train.recompute={'full' if train.recompute == 'selective' else 'selective'}"] if train.recompute != "full" else []
+    return f"rank {rank()} ran out of memory {wanted}: {foretold}, gpu.memory={show(plan.gpu.memory, 'B')}; set {' or '.join(cures)}"
+
+
+def _pretrain(plan: Plan, start: Start) -> None:
     record = Record(start.folder, rank(), began=time.time() - start.epoch)
     timeline, power = Timeline(plan.gpu.kind == "cuda"), meter(plan.gpu.kind)
     gauge = Gauge(plan.gpu.kind == "cuda")
@@ -57,7 +83,7 @@ def pretrain(plan: Plan, start: Start) -> None:
     first = _resume(plan, trainer, start, record)
     if first >= (plan.train.steps or math.inf):
         return
-    progress = Progress(plan, start.predicted, first) if rank() == 0 else None
+    progress = Progress(plan, start.predicted.get("step_time"), first) if rank() == 0 else None
     book(record, timeline, None)
     step, over = first, False
     profiler = _profiler(plan.gpu.kind == "cuda") if start.traced else None

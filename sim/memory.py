@@ -41,9 +41,10 @@ def memory(p: Any) -> Memory:
     gathered = np.where(shards > 1, (unsharded + embedding_parameters(p) / p.tp) * p.size, 0.0)
     late = np.where((shards > 1) & (p.accumulation > 1), held(p) * 4, 0.0)  # gradients reduced with the last micro-batch
     tokens = p.micro_batch * p.seq_len / p.cp
-    in_flight = np.minimum(p.pp, p.accumulation)
-    per_block = tokens * np.where(p.recompute, p.hidden / p.tp, kept(p)) * p.size
-    working = np.where(p.recompute, tokens * kept(p) * p.size, 0.0)
+    in_flight = np.where(p.gpipe, p.accumulation, np.minimum(p.pp, p.accumulation))
+    some = np.where(p.selective, products(p), kept(p))
+    per_block = tokens * np.where(p.recompute, p.hidden / p.tp, some) * p.size
+    working = np.where(p.recompute | p.selective, tokens * kept(p) * p.size, 0.0)
     head = np.where(p.pp > 1, 0.0, 3.0) * tokens * p.vocab / p.tp * 4
     return Memory(state, gathered + late, per_block * p.layers / p.pp * in_flight + working, head)
 
@@ -61,3 +62,14 @@ def kept(p: Any) -> Array:
     experts = (p.moe.top_k + p.moe.shared) * p.moe.ffn * factor + 2 * p.moe.top_k * p.hidden
     scores = (1 - p.fused_attention) * 2.5 * p.heads * p.seq_len  # 5 a s of Korthikanti et al. 2022, table 2, in elements of 2 bytes
     return np.asarray((attention + scores + (1 - mixed) * factor * p.ffn + mixed * experts) / p.tp)
+
+
+def products(p: Any) -> Array:
+    """Of these, what selective recomputation keeps: results of matrix products and attention, the block's input, and under
+    tensor parallelism what its two all-gathers brought, whole."""
+    mixed, factor = expert_layers(p) / p.layers, 1 + p.gated
+    keys = np.where(p.mla.kv_rank > 0, 2 * value_width(p) + p.mla.kv_rank + p.mla.rope + p.mla.q_rank, 2 * p.kv_heads * p.head_dim)
+    attention = 2 * p.hidden + query_width(p) + keys + value_width(p)
+    experts = (p.moe.top_k + p.moe.shared) * (p.moe.ffn * factor + p.hidden)
+    feed = (1 - mixed) * (factor * p.ffn + p.hidden) + mixed * experts
+    return np.asarray((attention + feed) / p.tp + np.where(p.tp > 1, 2 * p.hidden, 0))

@@ -31,6 +31,11 @@ from sim.kernels import Array, Device, Work, attention, matmul, moved, rates
 from sim.memory import held, memory
 from sim.network import Network
 
+# Bubble of each schedule over that of 1F1B, with the gradients of inputs and of weights each as long as a forward pass:
+# 1F1B (F + B), ZB1P (F + B − 2 W), DualPipe (F&B + B − 3 W) / 2 (DeepSeek-V3, table 2); ZB-V none (Qi et al. 2024, section 3).
+# A V has two virtual stages, by which the bubble is divided elsewhere.
+BUBBLES = {"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0, "zero_bubble": 1 / 3, "zbv": 0.0, "dualpipev": 2 / 3}
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -68,7 +73,13 @@ def columns(plans: Sequence[Plan]) -> Any:
     moe = SimpleNamespace(**of("model.moe", ("experts", "top_k", "shared", "ffn", "dense_layers")))
     mla = SimpleNamespace(**of("model.mla", ("kv_rank", "q_rank", "rope")))
     values["crowd"] = gather(lambda p: max(1.0, p.cluster.gpus_per_node / p.cluster.cores_per_node) if p.gpu.kind == "cpu" else 1.0)
-    flags = {"recompute": np.array([p.train.recompute == "full" for p in plans]), "beside": np.array([p.gpu.kind != "cpu" for p in plans])}
+    values["bubbles"] = gather(lambda p: BUBBLES[p.mesh.pipeline])
+    flags = {
+        "recompute": np.array([p.train.recompute == "full" for p in plans]),
+        "selective": np.array([p.train.recompute == "selective" for p in plans]),
+        "gpipe": np.array([p.mesh.pipeline == "gpipe" for p in plans]),
+        "beside": np.array([p.gpu.kind != "cpu" for p in plans]),
+    }
     return SimpleNamespace(**values, **flags, moe=moe, mla=mla)
 
 
@@ -78,13 +89,13 @@ def steps(plans: Sequence[Plan]) -> Steps:
     network = Network(plans, device)
     layers, ends = _layers_a_stage(p), _ends(p, device)
     forward = _block(p, device, "forward")
-    backward = _block(p, device, "backward") + np.where(p.recompute, forward, 0.0)
+    backward = _block(p, device, "backward") + np.where(p.recompute, forward, np.where(p.selective, _small_work(p, device), 0.0))
     stage = layers * (forward + backward)
     last = np.where(p.pp > 1, np.maximum(0.0, sum(ends.values()) - _spared(p) * (forward + backward)), sum(ends.values()))
     micro = stage + last + _accumulate(p, device)
     inside = _tensor_traffic(p, network, layers) + _expert_traffic(p, network, layers)
     inside = inside + np.where(p.pp > 1, 2 * network.send("pp", _message(p)), 0.0)
-    bubble = (p.pp - 1) / p.vpp * (micro + inside)  # interleaved 1F1B (Narayanan et al. 2021, section 2.2.2)
+    bubble = p.bubbles * (p.pp - 1) / p.vpp * (micro + inside)  # interleaved 1F1B (Narayanan et al. 2021, section 2.2.2)
     agreed = network.collective("all_reduce", "dp_shard", np.full_like(p.dp, 4.0))  # one number: the gradient norm, and the loss
     optimizer = _optimizer(p, device) + agreed
     sharding = _sharding(p, network, layers, p.accumulation)
@@ -163,6 +174,12 @@ def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
 def _block(p: Any, device: Device, stage: str) -> Array:
     """Seconds of one block on one micro-batch."""
     return np.asarray(device["glue"] + device["composition"] * np.sum([device.seconds(work) for work in block_work(p, stage)], axis=0))
+
+
+def _small_work(p: Any, device: Device) -> Array:
+    """Seconds of a block's forward pass besides matrix products and attention: what selective recomputation does again."""
+    small = [work for work in block_work(p, "forward") if work.kind.split(".")[0] not in ("matmul", "attention")]
+    return np.asarray(device["composition"] * np.sum([device.seconds(work) for work in small], axis=0))
 
 
 def _ends(p: Any, device: Device) -> dict[str, Array]:

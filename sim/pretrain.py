@@ -48,8 +48,8 @@ def paces(plans: Sequence[Plan]) -> list[Pace]:
     found = []
     for i, (parts, total) in enumerate(zip(seconds.T, seconds.sum(axis=0), strict=True)):
         mix = {name: float(part / total) for name, part in zip(names, parts, strict=True) if part > 0}
-        numbers = (float(column[i]) for column in (s.evaluate, s.memory, s.mfu, s.tokens_per_s))
-        found.append(Pace(float(s.step_time[i]), mix, *numbers, _fullness(plans[i])))
+        evaluate, memory, mfu, rate = (float(column[i]) for column in (s.evaluate, s.memory, s.mfu, s.tokens_per_s))
+        found.append(Pace(float(s.step_time[i]), mix, evaluate, memory, mfu, rate, _fullness(plans[i])))
     return found
 
 

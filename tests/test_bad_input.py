@@ -31,8 +31,12 @@ def one_line(err: str) -> str:
         (["sim", "gpu.memory=80"], "gpu.memory: '80' has no unit; expected B, as in '80 B'"),
         (["sim", "--help", "gpus"], "gpus is no group; did you mean gpu?"),
         (["real", "only=extrct"], "only=extrct is no stage; did you mean extract?"),
-        (["real", "model.positions=alibi"], "model.positions=alibi: real cannot execute it, sim predicts it; set model.positions=rope"),
-        (["real", "cluster.gpus_per_node=64", "train.global_batch=512"], "the plan has 64 ranks on cluster.cores_per_node=2, this machine has"),
+        (["real", "model.positions=alibi"], "model.positions=alibi: real cannot execute it, sim predicts it"),
+        (["real", "start=nowhere"], "start=nowhere is no folder"),
+        (["real", "trace=5"], "trace=5 is no range of steps; write for example trace=20-22"),
+        (["real", "export=out"], "holds no checkpoint (step-*/manifest.json) and no config.json; name a run's folder"),
+        (["real", "gpu=h200_sxm", "train.precision=bf16"], "gpu.kind=cuda asks for 2 GPUs, this machine has 0"),
+        (["real", "cluster.gpus_per_node=64", "train.global_batch=512"], "the plan has 64 ranks on cluster.cores_per_node=2"),
         (["real", "data.path=/nowhere"], "data.path=/nowhere does not exist"),
         (["analysis", "compar"], "did you mean compare?"),
         (["analysis", "compare"], "foretold sim"),
@@ -121,3 +125,23 @@ def test_every_help_teaches(capsys):
         assert main(args) == 0
         out = capsys.readouterr().out
         assert len(out.splitlines()) > 5 and all(len(line) <= 180 for line in out.splitlines())
+
+
+def test_memory_that_runs_out(tiny, tmp_path):
+    """A real process under a real limit: one line on what was foretold and what would help."""
+    words = ["model.layers=32", "model.hidden=1024", "model.heads=16", "model.ffn=4096", "train.micro_batch=4", f"runs={tmp_path}"]
+    arguments = [*tiny, *words, "cluster.gpus_per_node=1"]
+    subprocess.run([sys.executable, "-m", "real", "only=extract,dedup,tokens", *arguments], check=True, capture_output=True, cwd=ROOT)
+    limited = f"import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, ({LIMIT}, {LIMIT})); sys.argv = ['real', *sys.argv[1:]]; "
+    code = limited + "from conf.program import run; run('real')"
+    done = subprocess.run([sys.executable, "-c", code, "only=pretrain", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert (
+        "rank 0 ran out of memory" in line
+        and "nothing was foretold" in line
+        and "set train.micro_batch=2 or train.recompute=selective" in line
+    )
+
+
+LIMIT = 1_300_000_000  # bytes of data: enough to start, too little for the weights

@@ -15,8 +15,11 @@ from tests.worlds import plan_of
 
 transformers = pytest.importorskip("transformers")
 LLAMA3 = ["model.rope_scaling.kind=llama3", "model.rope_scaling.factor=8", "model.rope_scaling.original=16"]
-MODELS = [["tiny_llama3"], ["tiny_llama3", "model.tied=true"], ["tiny_llama3", *LLAMA3], ["tiny_qwen3"], ["tiny_qwen3_moe"],
-          ["tiny_mixtral"], ["tiny_deepseek_v3"], ["tiny_deepseek_v3", "model.mla.q_rank=0", "model.moe.groups=4", "model.moe.node_limit=2"], ["tiny_gpt3"]]  # fmt: skip
+GROUPED = ["model.mla.q_rank=0", "model.moe.groups=4", "model.moe.node_limit=2"]
+MODELS = [
+    ["tiny_llama3"], ["tiny_llama3", "model.tied=true"], ["tiny_llama3", *LLAMA3], ["tiny_qwen3"], ["tiny_qwen3_moe"], ["tiny_mixtral"],
+    ["tiny_deepseek_v3"], ["tiny_deepseek_v3", *GROUPED], ["tiny_gpt3"],
+]  # fmt: skip
 
 
 def saved(words: list[str], folder: Path):

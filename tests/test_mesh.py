@@ -90,12 +90,15 @@ CASES = [
     ("tiny_llama3 document_mask=true", "cp=2 cp_kind=ulysses"),
     ("tiny_llama3 document_mask=true", "cp=2 tp=2 pp=2"),
     ("tiny_llama3 optimizer=muon", "dp_shard=2 tp=2"),
+    ("tiny_llama3", "dp_shard=2 tp=2 compile=true"),
+    ("tiny_llama3", "dp_shard=2 tp=2 compile=true recompute=selective"),
+    ("tiny_qwen3_moe", "dp_shard=2 ep=2 compile=true"),
 ]  # fmt: skip
 FIRST = [
     "dp_shard=4", "dp_replicate=2 dp_shard=2", "cp=2", "cp=2 cp_kind=ulysses", "pp=2 schedule=1f1b", "pp=2 schedule=dualpipev vpp=2",
     "dp_shard=2 tp=2", "cp=2 tp=2", "dp_shard=2 ep=2", "dp_shard=2 tp=2 pp=2", "dp_shard=2 pp=2 ep=2", "dp_shard=2 tp=2 ep=4",
 ]  # fmt: skip
-GROUPS = {"tied": "model", "z_loss": "train", "document_mask": "train", "optimizer": "train", "recompute": "train"}
+GROUPS = {"tied": "model", "z_loss": "train", "document_mask": "train", "optimizer": "train", "recompute": "train", "compile": "train"}
 
 
 def words(model: str, mesh: str) -> list[str]:
