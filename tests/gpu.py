@@ -1,6 +1,7 @@
 """`make gpu`: the first slice of the GPU kit, for one GPU, torch 2.11 or newer, no network, at most 9 minutes.
 
-Tests; calibration from measured operations; then one real plan of 1.2 billion parameters foretold, executed, compared.
+Tests; MFU beside a bare loop; calibration from measured operations; then one real plan of 1.2 billion parameters
+foretold, executed, compared.
 Each part that is done already is skipped when the command is given again.
 """
 
@@ -22,6 +23,7 @@ def main() -> int:
     began = time.monotonic()
     parts = [
         ([sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py"], None),
+        ([sys.executable, "-m", "tests.bench", "gpu"], None),
         (verb("real", "only=kernels,network", *PLAN), next(Path("runs").glob("*/measure/kernels.csv"), None)),
         (verb("analysis", "calibrate", f"out={PROFILE}"), None),
         (verb("sim", f"profile={PROFILE}", *PLAN), None),

@@ -50,3 +50,42 @@ def test_operations_are_timed(tmp_path):
     rates = [2 * r["m"] * r["n"] * r["k"] / (r["time_us"] * 1e-6) for r in table if r["op"] == "matmul" and r["stage"] == "forward"]
     assert 0.2 * peak < max(rates) < peak
     assert {r["op"] for r in table} >= {"matmul", "attention", "norm", "swiglu", "loss", "optimizer", "launch"}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_ring_tile_is_the_kernel(causal):
+    """Flash attention's output, log-sum-exp and gradients against plain arithmetic."""
+    from real.attention import _tile, _tile_backward
+
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(2, 4, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    out, lse = _tile(q, k, v, causal, None)
+    mask = torch.ones(256, 256, dtype=torch.bool, device="cuda").tril() if causal else torch.ones(256, 256, dtype=torch.bool, device="cuda")
+    exact, exact_lse = _tile(q.float(), k.float(), v.float(), causal, mask.expand(2, 4, 256, 256))
+    torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.float(), exact_lse, atol=1e-3, rtol=1e-3)
+    found = _tile_backward(grad, q, k, v, out, lse, causal, None)
+    wanted = _tile_backward(grad.float(), q.float(), k.float(), v.float(), exact, exact_lse, causal, mask.expand(2, 4, 256, 256))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.float(), other, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_a_gpu_trains_as_a_cpu(precision, compiled):
+    """The same plan for five steps: losses within the precision."""
+    import torch.distributed as dist
+
+    from real.trainer import Trainer
+    from tests.worlds import Stream, outcome, plan_of
+
+    words = ["model=tiny_llama3", "train.seq_len=64", "train.global_batch=8", "train.micro_batch=4", "mesh.dp_shard=1", "train.warmup=1"]
+    exact = outcome(plan_of(*words), 5).losses
+    plan = plan_of(*words, "gpu=h200_sxm", f"train.precision={precision}", f"train.compile={compiled}")
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trainer = Trainer(plan, Stream(plan), Timeline(cuda=True))  # type: ignore[arg-type]
+        losses = [trainer.step(step)[0] for step in range(5)]
+    finally:
+        dist.destroy_process_group()
+    assert losses == pytest.approx(exact, rel={"fp32": 1e-3, "bf16": 5e-3, "fp8": 1e-2}[precision])
