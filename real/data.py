@@ -158,7 +158,7 @@ class Batch:
 def batch_of(tokens: Tokens, windows: Sequence[int], document_mask: bool) -> Batch:
     """The sequences of these windows; across a document's end nothing is predicted when documents are kept apart."""
     both = torch.from_numpy(np.stack([tokens.window(i) for i in windows]))
-    inputs, targets = both[:, :-1], both[:, 1:]
+    inputs, targets = both[:, :-1].contiguous(), both[:, 1:].contiguous()
     if not document_mask:
         return Batch(inputs, targets, None)
     documents = torch.from_numpy(np.stack([tokens.documents(i) for i in windows]))

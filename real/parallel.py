@@ -26,6 +26,7 @@ from real.timeline import Timeline
 # Matrices cut by outputs, whose inputs every tensor-parallel rank has, and matrices cut by inputs, whose outputs are summed.
 COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 ROWS = ("o_proj", "down_proj")
+V_SHAPED = ("zbv", "dualpipev")  # schedules in which a rank hands work to itself, which older gloo cannot
 gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the older names warn from torch 2.13 on
 scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
@@ -55,6 +56,8 @@ def _unbuilt(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "a mixture of experts with model.layer_norm or without model.gated", "set model.layer_norm=false model.gated=true"
     if model.mla.kv_rank and (model.qk_norm or model.layer_norm):
         yield "model.mla with model.qk_norm or model.layer_norm", "set model.qk_norm=false model.layer_norm=false"
+    if mesh.pp > 1 and mesh.pipeline in V_SHAPED and plan.gpu.kind == "cpu" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        yield f"mesh.schedule={mesh.pipeline} on a CPU with torch {torch.__version__}", "use torch 2.13, or mesh.schedule=zero_bubble"
     if not plan.train.fused_attention:
         yield "train.fused_attention=false", "set train.fused_attention=true"
     if model.moe.experts and plan.train.compile and plan.train.recompute != "none":

@@ -17,11 +17,11 @@ from torch.distributed.pipelining.microbatch import TensorChunkSpec
 from conf.plan import Plan
 from real.collectives import Line
 from real.model import Decoder
+from real.parallel import V_SHAPED
 from real.timeline import Timeline
 
 NAMES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved": "Interleaved1F1B", "zero_bubble": "InterleavedZeroBubble", "zbv": "ZBVZeroBubble",
          "dualpipev": "DualPipeV"}  # fmt: skip
-V_SHAPED = ("zbv", "dualpipev")
 
 
 def stages_of(plan: Plan, pp_rank: int) -> list[int]:

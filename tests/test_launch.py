@@ -84,7 +84,11 @@ def test_all_ranks_refuse_with_one_line(tiny, tmp_path, count, ranks, args, part
     ("args", "part"),
     [
         (["model.positions=alibi"], "model.positions=alibi: real cannot execute it, sim predicts it; set model.positions=rope"),
-        (["train.precision=fp8", "gpu=h100_sxm"], "train.precision=fp8: real cannot execute it, sim predicts it; set"),
+        (
+            ["train.precision=fp16", "gpu=h100_sxm"],
+            "train.precision=fp16: real cannot execute it, sim predicts it; set train.precision=bf16",
+        ),
+        (["train.optimizer=adamw8bit"], "train.optimizer=adamw8bit on a CPU: real cannot execute it"),
         (["gpu.kind=tpu"], "gpu.kind=tpu: real cannot execute it, sim predicts it; choose a gpu of kind cpu or cuda"),
         (["train.fused_attention=false"], "train.fused_attention=false: real cannot execute it"),
         (["mesh.tp=2", "model.vocab=513"], "on mesh.tp=2 ranks: real cannot execute it, sim predicts it; set model.vocab=514"),

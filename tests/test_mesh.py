@@ -135,6 +135,8 @@ def _apart(one: Outcome, other: Outcome, name: str) -> float:
 
 
 def check(model: str, mesh: str) -> None:
+    if ("zbv" in mesh or "dualpipev" in mesh) and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        pytest.skip("gloo before torch 2.13 cannot send to itself")
     loss, norm, weights = differences(model, mesh)
     assert loss <= 1e-5 and norm <= 1e-5 and weights <= 1e-4, (loss, norm, weights)
 

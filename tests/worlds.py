@@ -81,6 +81,7 @@ def spawn(plan: Plan, work: Callable[..., Any], *arguments: Any, timeout: float 
 
 def _rank(rank: int, plan: Plan, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ["RANK"] = str(rank)
+    torch.set_num_threads(1)  # a fork does not take its parent's threads along
     try:
         several = plan.ranks > 1 or plan.train.half
         if several:
