@@ -164,12 +164,19 @@ class Data(Node):
     limit: Bytes = say("most bytes of text to read", must=POSITIVE)
     text_field: str = say("field or column that holds the text in .jsonl and .parquet")
     held_out: float = say("share of documents kept for evaluation", must=SHARE)
+    mixture: list[str] = say("weights in training of files by pattern, as in ['3 *.py', '1 *.md']; empty = as the corpus is")
     tokens: Optional[int] = say("training tokens of a corpus that is not here")
     document_bytes: Bytes = say("expected bytes a document, where a file holds many", must=POSITIVE)
     duplicates: float = say("expected share of documents that are exact duplicates", must=SHARE)
     extract_rate: ByteRate = say("expected text extracted, per core", must=POSITIVE)
     dedup_rate: ByteRate = say("expected text deduplicated, per core", must=POSITIVE)
     source: str = say("where the expectations come from")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each pattern of the mixture, in its order."""
+        pairs = [entry.split(maxsplit=1) for entry in self.mixture]
+        return {pattern: float(weight) for weight, pattern in pairs}
 
 
 @dataclass(kw_only=True)

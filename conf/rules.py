@@ -1,5 +1,6 @@
 """What must hold for a plan as a whole; every broken rule is one line with its cure."""
 
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -148,6 +149,9 @@ def _training(plan: Plan) -> Iterator[str]:
     if plan.gpu.peak(train.precision) is None:
         has = ", ".join(name for name in ("fp32", "bf16", "fp16", "fp8") if plan.gpu.peak(name))
         yield f"train.precision={train.precision}: {plan.gpu.name} has no {train.precision} rate; it has {has}; set train.precision=fp32"
+    for entry in plan.data.mixture:
+        if not re.fullmatch(r"(\d+\.?\d*|\.\d+) \S+", entry) or float(entry.split()[0]) <= 0:
+            yield f"data.mixture: {entry!r} is no weight above 0 and a pattern; write for example data.mixture=['3 *.py','1 *.md']"
     if plan.data.path is None and plan.data.tokens is None:
         yield "data.path and data.tokens are both null; name a corpus with data.path=…, or say how many tokens exist with data.tokens=…"
     if plan.data.path is not None and plan.data.tokens is not None:

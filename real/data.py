@@ -7,9 +7,12 @@ shuffle table to store, and the data cursor of a checkpoint is one integer.
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +66,7 @@ class Tokens:
         self.seq_len = seq_len
         self.shards, lengths_of = [], []
         for output in manifest.outputs:
-            if output["path"].startswith(split) and output["path"].endswith(".bin"):
+            if output["path"].startswith(f"{split}-") and output["path"].endswith(".bin"):
                 path = manifest.verified(output)
                 dtype, lengths = read_index(manifest.verified_twin(output, ".idx"))
                 if int(lengths.sum()) * dtype.itemsize != path.stat().st_size:
@@ -98,6 +101,56 @@ class Tokens:
         return np.searchsorted(self.ends, np.arange(start, start + self.seq_len + 1), side="right")
 
 
+def trained(mixture: Iterable[str]) -> list[str]:
+    """Names of the splits that are trained on: one a pattern of the mixture, or one for all."""
+    return [f"train{i}" for i, _ in enumerate(mixture)] or ["train"]
+
+
+class Streams:
+    """Several streams as one: windows of the first, then of the second, and so on."""
+
+    def __init__(self, parts: Sequence[Tokens]) -> None:
+        self.parts = list(parts)
+        self.first = [0, *accumulate(map(len, self.parts))]
+
+    def __len__(self) -> int:
+        return self.first[-1]
+
+    def _find(self, index: int) -> tuple[Tokens, int]:
+        part = bisect_right(self.first, index) - 1
+        return self.parts[part], index - self.first[part]
+
+    def window(self, index: int) -> np.ndarray:
+        tokens, index = self._find(index)
+        return tokens.window(index)
+
+    def documents(self, index: int) -> np.ndarray:
+        tokens, index = self._find(index)
+        return tokens.documents(index)
+
+
+class Blend:
+    """Window of sample 0, 1, 2, … where each stream has its share of the samples, in an order of its own.
+
+    Every block of samples holds each stream's share exactly, so the window is a function of (seed, sample) alone.
+    """
+
+    BLOCK = 1024
+
+    def __init__(self, streams: Streams, weights: Sequence[float], seed: int) -> None:
+        self.first, self.seed = streams.first, seed
+        edges = [round(self.BLOCK * share / sum(weights)) for share in accumulate(weights)]
+        self.edges = [0, *edges]  # of the streams' slots in a block
+        self.orders = [Order(len(part), seed) for part in streams.parts]
+        self.mixed = Order(self.BLOCK, seed)
+
+    def __getitem__(self, sample: int) -> int:
+        block, slot = sample // self.BLOCK, self.mixed[sample]
+        part = bisect_right(self.edges, slot) - 1
+        count = self.edges[part + 1] - self.edges[part]
+        return self.first[part] + self.orders[part][block * count + slot - self.edges[part]]
+
+
 class Order:
     """Position of sample 0, 1, 2, … in the corpus: epoch after epoch, each in its own order."""
 
@@ -125,10 +178,26 @@ class Order:
         return left << self.half | right
 
 
-def refuse_small(tokens: Tokens, plan: Plan, split: str) -> None:
+def training(folder: Path, plan: Plan) -> tuple[Streams, Order | Blend]:
+    """What a plan trains on, and the window of each of its samples.
+
+    Raises Refused when it is less than a batch, or a pattern of the mixture fits nothing.
+    """
+    mixture = plan.data.weights
+    streams = Streams([Tokens(folder, split, plan.train.seq_len) for split in trained(mixture)])
+    for pattern, part in zip(mixture, streams.parts, strict=False):
+        if not len(part):
+            raise Refused(
+                f"data.mixture: no document of {plan.data.path} comes from a file like {pattern}, or too little text; leave it out"
+            )
+    refuse_small(streams, plan, "train")
+    return streams, Blend(streams, list(mixture.values()), plan.seed) if mixture else Order(len(streams), plan.seed)
+
+
+def refuse_small(tokens: Streams | Tokens, plan: Plan, split: str) -> None:
     need = plan.train.global_batch if split == "train" else 1
     if len(tokens) < need:
-        have = f"{int(tokens.starts[-1])} tokens = {len(tokens)} sequences of {plan.train.seq_len}"
+        have = f"less than {(len(tokens) + 1) * plan.train.seq_len + 1} tokens = {len(tokens)} sequences of {plan.train.seq_len}"
         wanted = f"one batch needs {need}" if split == "train" else "evaluation needs at least one"
         raise Refused(f"the {split} split of data.path={plan.data.path} has {have}; {wanted}; give more text, or lower train.seq_len")
 
@@ -155,7 +224,7 @@ class Batch:
             yield Batch(self.inputs[part], self.targets[part], None if self.documents is None else self.documents[part])
 
 
-def batch_of(tokens: Tokens, windows: Sequence[int], document_mask: bool) -> Batch:
+def batch_of(tokens: Streams | Tokens, windows: Sequence[int], document_mask: bool) -> Batch:
     """The sequences of these windows; across a document's end nothing is predicted when documents are kept apart."""
     both = torch.from_numpy(np.stack([tokens.window(i) for i in windows]))
     inputs, targets = both[:, :-1].contiguous(), both[:, 1:].contiguous()
@@ -168,9 +237,10 @@ def batch_of(tokens: Tokens, windows: Sequence[int], document_mask: bool) -> Bat
 class Batches:
     """The sequences of one data-parallel rank, step by step."""
 
-    def __init__(self, tokens: Tokens, plan: Plan, dp_rank: int) -> None:
-        self.tokens, self.plan, self.dp_rank = tokens, plan, dp_rank
-        self.order = Order(len(tokens), plan.seed)
+    def __init__(self, tokens: Streams | Tokens, order: Order | Blend, plan: Plan, dp_rank: int) -> None:
+        self.tokens, self.order, self.plan, self.dp_rank = tokens, order, plan, dp_rank
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: tuple[int, Future[Batch]] | None = None
 
     def samples(self, step: int) -> range:
         """Global indices of this rank's samples in a step: contiguous, so that every mesh sees the same step."""
@@ -179,7 +249,11 @@ class Batches:
         return range(first, first + share)
 
     def step(self, step: int) -> Batch:
-        """All that this rank works on in a step."""
+        """All that this rank works on in a step; the next step's is read meanwhile."""
+        ahead, self.ahead = self.ahead, (step + 1, self.reader.submit(self._read, step + 1))
+        return ahead[1].result() if ahead and ahead[0] == step else self._read(step)
+
+    def _read(self, step: int) -> Batch:
         return batch_of(self.tokens, [self.order[i] for i in self.samples(step)], self.plan.train.document_mask)
 
 

@@ -22,7 +22,7 @@ from conf.record import Record
 from conf.units import show
 from real import bigram, checkpoint, huggingface, optim, parallel
 from real.cluster import rank
-from real.data import Order, Tokens, refuse_small
+from real.data import Order, Tokens, refuse_small, training
 from real.memory import Gauge
 from real.power import meter
 from real.progress import Progress
@@ -76,8 +76,9 @@ def _pretrain(plan: Plan, start: Start) -> None:
     timeline, power = Timeline(plan.gpu.kind == "cuda"), meter(plan.gpu.kind)
     gauge = Gauge(plan.gpu.kind == "cuda")
     record.observe(STAGE, "init", max(0.0, record.now() - start.launched), at=record.now())
-    tokens, held_out = _splits(plan, start.folder / "tokens")
-    trainer = Trainer(plan, tokens, timeline)
+    tokens, order = training(start.folder / "tokens", plan)
+    held_out = _held_out(plan, start.folder / "tokens")
+    trainer = Trainer(plan, tokens, timeline, order)
     folder = start.folder / "checkpoints"
     writer = checkpoint.Writer(folder, plan)
     first = _resume(plan, trainer, start, record)
@@ -112,7 +113,7 @@ def _pretrain(plan: Plan, start: Start) -> None:
     trainer.timeline.enter("checkpoint")
     _saved(record, writer.finish())
     book(record, trainer.timeline, None)
-    _finish(plan, trainer, record, step, tokens, held_out, gauge, power.joules(), start)
+    _finish(plan, trainer, record, step, held_out, gauge, power.joules())
     if progress:
         progress.close()
 
@@ -144,16 +145,14 @@ def _over(plan: Plan, step: int, elapsed: float) -> bool:
     return bool(parallel.total(verdict).item() > 0)  # one verdict for all: clocks differ
 
 
-def _splits(plan: Plan, folder: Path) -> tuple[Tokens, HeldOut | None]:
-    tokens = Tokens(folder, "train", plan.train.seq_len)
-    refuse_small(tokens, plan, "train")
+def _held_out(plan: Plan, folder: Path) -> HeldOut | None:
     if not plan.train.evaluate_sequences:
-        return tokens, None
+        return None
     rest = Tokens(folder, "held_out", plan.train.seq_len)
     refuse_small(rest, plan, "held_out")
     order = Order(len(rest), plan.seed)
     count = max(plan.dp, min(plan.train.evaluate_sequences, len(rest)) // plan.dp * plan.dp)
-    return tokens, HeldOut(rest, [order[i] for i in range(count)], folder)
+    return HeldOut(rest, [order[i] for i in range(count)], folder)
 
 
 def _resume(plan: Plan, trainer: Trainer, start: Start, record: Record) -> int:
@@ -247,8 +246,7 @@ def _saved(record: Record, safe: list[tuple[int, int]]) -> None:
             record.event(STAGE, "checkpoint", step, bytes=size)
 
 
-def _finish(plan: Plan, trainer: Trainer, record: Record, step: int, tokens: Tokens, held_out: HeldOut | None,
-            gauge: Gauge, joules: float | None, start: Start) -> None:  # fmt: skip
+def _finish(plan: Plan, trainer: Trainer, record: Record, step: int, held_out: HeldOut | None, gauge: Gauge, joules: float | None) -> None:
     record.observe(STAGE, "peak_memory", gauge.peak(), step)
     if (reserved := gauge.reserved()) is not None:
         record.observe(STAGE, "reserved_memory", reserved, step)
@@ -259,7 +257,7 @@ def _finish(plan: Plan, trainer: Trainer, record: Record, step: int, tokens: Tok
             record.observe(STAGE, "energy", joules, step)
         if held_out and plan.samples(step) * plan.train.seq_len <= BASELINE_TOKENS:
             trainer.timeline.enter("evaluate")
-            loss = bigram.held_out_loss(_seen(plan, tokens, step), held_out.sequences, plan.model.vocab)
+            loss = bigram.held_out_loss(_seen(trainer, step), held_out.sequences, plan.model.vocab)
             record.observe(STAGE, "bigram_bits_per_byte", held_out.bits_per_byte(loss), step)
     trainer.timeline.enter("idle")
     if dist.is_initialized():
@@ -269,6 +267,6 @@ def _finish(plan: Plan, trainer: Trainer, record: Record, step: int, tokens: Tok
     record.flush()
 
 
-def _seen(plan: Plan, tokens: Tokens, steps: int) -> Iterator[np.ndarray]:
-    order = Order(len(tokens), plan.seed)
-    return (tokens.window(order[i]) for i in range(plan.samples(steps)))
+def _seen(trainer: Trainer, steps: int) -> Iterator[np.ndarray]:
+    batches = trainer.batches
+    return (batches.tokens.window(batches.order[i]) for i in range(trainer.plan.samples(steps)))

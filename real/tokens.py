@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from conf.files import write
 from conf.plan import Plan
-from real.data import write_shard
+from real.data import trained, write_shard
 from real.dedup import verified
 from real.extract import load
 from real.stage import Manifest, Task, sha256
@@ -19,7 +20,8 @@ END = "<|endoftext|>"
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    return {"version": VERSION, "vocab": plan.tokenizer.vocab, "sample": plan.tokenizer.sample, "held_out": plan.data.held_out}
+    base = {"version": VERSION, "vocab": plan.tokenizer.vocab, "sample": plan.tokenizer.sample, "held_out": plan.data.held_out}
+    return base | ({"mixture": list(plan.data.weights)} if plan.data.mixture else {})
 
 
 def train_tokenizer(folder: Path, documents: Manifest, plan: Plan) -> Path:
@@ -56,23 +58,33 @@ def tasks(documents: Manifest, tokenizer: Path, plan: Plan) -> Iterator[Task]:
     digest = sha256(tokenizer)
     for output in documents.paths(".parquet"):
         path = str(documents.folder / output["path"])
-        arguments = (path, output["sha256"], str(tokenizer), plan.data.held_out)
+        arguments = (path, output["sha256"], str(tokenizer), plan.data.held_out, tuple(plan.data.weights))
         yield Task(Path(path).stem, encode, arguments, (output["sha256"], digest))
 
 
-def encode(folder: Path, name: str, path: str, digest: str, tokenizer: str, held_out: float) -> dict[str, Any]:
-    """Write train-… and held_out-… shards; a document's split depends on its id alone."""
+def encode(folder: Path, name: str, path: str, digest: str, tokenizer: str, held_out: float, mixture: tuple[str, ...]) -> dict[str, Any]:
+    """Write train-… and held_out-… shards; a document's split depends on its id alone. With a mixture train0-…, train1-… hold
+    the documents whose file fits the first pattern, the second, …; those that fit none are left out."""
     from tokenizers import Tokenizer
 
     coder = Tokenizer.from_file(tokenizer)
     end = coder.token_to_id(END)
     dtype = np.uint16 if coder.get_vocab_size() < 65500 else np.int32  # Megatron's own threshold
     rows = load(verified(path, digest))
-    splits: dict[str, list[np.ndarray]] = {"train": [], "held_out": []}
-    for (identity, _, _), ids in zip(rows, coder.encode_batch_fast([text for _, _, text in rows]), strict=True):
-        split = "held_out" if int(identity[:8], 16) < held_out * 2**32 else "train"
-        splits[split].append(np.array([*ids.ids, end], dtype))
+    splits: dict[str, list[np.ndarray]] = {split: [] for split in (*trained(mixture), "held_out")}
+    for (identity, source, _), ids in zip(rows, coder.encode_batch_fast([text for _, _, text in rows]), strict=True):
+        split = "held_out" if int(identity[:8], 16) < held_out * 2**32 else _part(source, mixture)
+        if split is not None:
+            splits[split].append(np.array([*ids.ids, end], dtype))
     for split, documents in splits.items():
         write_shard(folder / f"{split}-{name}", documents)
-    return {"bytes": sum(len(text.encode()) for _, _, text in rows), "documents": len(rows),
-            **{f"{split}_tokens": int(sum(map(len, documents))) for split, documents in splits.items()}}  # fmt: skip
+    counts = {split: int(sum(map(len, documents))) for split, documents in splits.items()}
+    held = counts.pop("held_out")
+    return {"bytes": sum(len(text.encode()) for _, _, text in rows), "documents": len(rows), "train_tokens": sum(counts.values()),
+            "held_out_tokens": held}  # fmt: skip
+
+
+def _part(source: str, mixture: tuple[str, ...]) -> str | None:
+    if not mixture:
+        return "train"
+    return next((f"train{i}" for i, pattern in enumerate(mixture) if fnmatch(source, pattern)), None)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from conf.plan import Plan
 from real import optim, parallel
 from real.cluster import device
-from real.data import Batch, Batches, Tokens, batch_of, token_bytes
+from real.data import Batch, Batches, Blend, Order, Streams, Tokens, batch_of, token_bytes
 from real.initial import initialise
 from real.loss import IGNORED, loss_sum
 from real.model import Decoder
@@ -58,7 +58,7 @@ def laid_out(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stage: 
 class Trainer:
     """This rank's parts of the model, their optimizer and their data."""
 
-    def __init__(self, plan: Plan, tokens: Tokens, timeline: Timeline) -> None:
+    def __init__(self, plan: Plan, tokens: Streams | Tokens, timeline: Timeline, order: Order | Blend | None = None) -> None:
         self.plan, self.timeline, self.device, self.tokens = plan, timeline, device(plan), tokens
         self.axes = parallel.Axes(plan, timeline) if dist.is_initialized() else None
         self.tp = self.axes.tp if self.axes else None
@@ -73,7 +73,7 @@ class Trainer:
             self.pipeline = Pipeline(self.parts, plan, self.axes.pp, self.device, timeline, self._loss)
         self.optimizer = optim.Optimizer(self.parts, plan.train)
         self.twice = {"embed_tokens.weight"} if plan.model.tied and self.pipeline else set[str]()  # what two stages hold
-        self.batches = Batches(tokens, plan, self.axes.dp_rank if self.axes else 0)
+        self.batches = Batches(tokens, order or Order(len(tokens), plan.seed), plan, self.axes.dp_rank if self.axes else 0)
         self.targets = 1.0  # that count in this step, over all ranks
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import struct
 from collections import Counter
 
@@ -16,7 +17,7 @@ from conf.errors import Refused
 from conf.program import load
 from conf.record import read
 from real import bigram
-from real.data import MAGIC, Batches, Order, Tokens, batch_of, token_bytes
+from real.data import MAGIC, Batches, Blend, Order, Tokens, batch_of, token_bytes, training
 from real.loss import IGNORED
 from real.stage import Manifest, sha256
 from tests.conftest import TINY
@@ -217,7 +218,7 @@ class Numbered:
 def seen(words: list[str], windows: int, steps: range) -> list[int]:
     """The samples of some steps, as the data-parallel ranks of a mesh read them."""
     plan = plan_of("train.seq_len=32", "train.global_batch=8", "train.first_batch=4", "train.batch_warmup=4", "train.micro_batch=1", *words)
-    ranks = [Batches(Numbered(windows), plan, rank) for rank in range(plan.dp)]  # type: ignore[arg-type]
+    ranks = [Batches(Numbered(windows), Order(windows, plan.seed), plan, rank) for rank in range(plan.dp)]  # type: ignore[arg-type]
     return [int(row[0]) for step in steps for rank in ranks for row in rank.step(step).inputs]
 
 
@@ -253,3 +254,27 @@ def test_nothing_is_predicted_across_documents():
             assert (
                 last == (column < 31 and int(batch.documents[window, column]) != int(batch.documents[window, column + 1])) or column == 31
             )
+
+
+def test_a_mixture_gives_each_pattern_its_share(run_of, tmp_path):
+    """Every block of samples holds each stream's share exactly; each stream is read in epochs of its own."""
+    from tokenizers import Tokenizer
+
+    for kind, word in (("py", "one"), ("md", "two"), ("txt", "three")):
+        for i in range(4):
+            (tmp_path / f"{kind}{i}.{kind}").write_text(" ".join(f"{word}{i}{n}" for n in range(900)))
+    words = [f"data.path={tmp_path}/*.*", "data.mixture=['3 *.py','1 *.md']", "data.held_out=0.01", "train.evaluate_sequences=0"]
+    run = run_of(*words)
+    plan = load([*TINY, *words])
+    streams, order = training(run / "tokens", plan)
+    tokenizer = Tokenizer.from_file(str(run / "tokens" / "tokenizer.json"))
+    picked = [order[i] for i in range(2 * Blend.BLOCK)]
+    share = Counter("one" in tokenizer.decode(streams.window(w).tolist()) for w in picked)
+    assert share == {True: 2 * Blend.BLOCK * 3 // 4, False: 2 * Blend.BLOCK // 4}
+    visits = Counter(w for w in picked if w < streams.first[1])
+    assert len(visits) == streams.first[1] and max(visits.values()) - min(visits.values()) <= 1  # epochs of its own
+    assert not any("three" in tokenizer.decode(streams.window(w).tolist()) for w in set(picked))
+    words[1] = "data.mixture=['3 *.py','1 *.rs']"
+    shutil.rmtree(run.parent)
+    with pytest.raises(Refused, match=r"no document of .* comes from a file like \*\.rs"):
+        training(run_of(*words) / "tokens", load([*TINY, *words]))

@@ -68,6 +68,7 @@ def test_every_problem_at_once():
         (["model=tiny_mixtral", "mesh.ep=4"], "mesh.ep=4 must divide mesh dp_shard × cp × tp=2"),
         (["model=tiny_mixtral", "model.moe.experts=3", "mesh.ep=2"], "mesh.ep=2 must divide model.moe.experts=3"),
         (["train.first_batch=3"], "train.first_batch=3 must be a multiple of 4"),
+        (["data.mixture=['much *.py']"], "data.mixture: 'much *.py' is no weight above 0 and a pattern"),
         (["mesh.cp_kind=star"], "mesh.cp_kind=star is not known"),
         (["-m"], "-m is no option"),
         (["laptop"], "laptop is neither an option nor group=option nor key=value"),
