@@ -128,15 +128,24 @@ class Block(nn.Module):
         self.mlp = Mixture(model) if mixed else FeedForward(model, model.ffn)
 
     def forward(self, x_BTD: Tensor, angles: Angles, documents: Tensor | None) -> Tensor:
-        # Inside the module, so that sharding gathers once for both passes and a compiler sees the two together.
         if self.recompute == "none" or not self.training:
-            return self._layer(x_BTD, angles, documents)
-        options = {"context_fn": partial(create_selective_checkpoint_contexts, _keep)} if self.recompute == "selective" else {}
-        return checkpoint(self._layer, x_BTD, angles, documents, use_reentrant=False, **options)  # type: ignore[no-any-return]
+            return self._feed(self._attend(x_BTD, angles, documents))
+        # Inside the module, so that sharding gathers once for both passes and a compiler sees the two together.
+        if self.recompute == "full":
+            return self._again(lambda x: self._feed(self._attend(x, angles, documents)), x_BTD)
+        x_BTD = self._again(lambda x: self._attend(x, angles, documents), x_BTD)
+        # A mixture gathers its experts inside, and where they lie is no part of what can be computed again piece by piece.
+        return self._feed(x_BTD) if isinstance(self.mlp, Mixture) else self._again(self._feed, x_BTD)
 
-    def _layer(self, x_BTD: Tensor, angles: Angles, documents: Tensor | None) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), angles, documents)
+    def _attend(self, x_BTD: Tensor, angles: Angles, documents: Tensor | None) -> Tensor:
+        return x_BTD + self.self_attn(self.input_layernorm(x_BTD), angles, documents)
+
+    def _feed(self, x_BTD: Tensor) -> Tensor:
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+    def _again(self, work: Callable[[Tensor], Tensor], x_BTD: Tensor) -> Tensor:
+        options = {"context_fn": partial(create_selective_checkpoint_contexts, _keep)} if self.recompute == "selective" else {}
+        return checkpoint(work, x_BTD, use_reentrant=False, **options)  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):

@@ -65,11 +65,11 @@ def kept(p: Any) -> Array:
 
 
 def products(p: Any) -> Array:
-    """Of these, what selective recomputation keeps: results of matrix products and attention, the block's input, and under
-    tensor parallelism what its two all-gathers brought, whole."""
+    """Of these, what selective recomputation keeps: results of matrix products and attention, the inputs of the block's two
+    halves, and under tensor parallelism what their all-gathers brought, whole."""
     mixed, factor = expert_layers(p) / p.layers, 1 + p.gated
     keys = np.where(p.mla.kv_rank > 0, 2 * value_width(p) + p.mla.kv_rank + p.mla.rope + p.mla.q_rank, 2 * p.kv_heads * p.head_dim)
-    attention = 2 * p.hidden + query_width(p) + keys + value_width(p)
-    experts = (p.moe.top_k + p.moe.shared) * (p.moe.ffn * factor + p.hidden)
+    attention = 3 * p.hidden + query_width(p) + keys + value_width(p)
+    experts = (p.moe.top_k + p.moe.shared) * p.moe.ffn * 2 * factor + 2 * p.moe.top_k * p.hidden  # a mixture keeps all
     feed = (1 - mixed) * (factor * p.ffn + p.hidden) + mixed * experts
     return np.asarray((attention + feed) / p.tp + np.where(p.tp > 1, 2 * p.hidden, 0))
