@@ -155,9 +155,9 @@ def _shown(value: Any, unit: str | None) -> str:
         return show(value, unit) if unit else f"{value:g}"
     if isinstance(value, int) and value >= 10_000:
         return f"{value:,}"
-    if isinstance(value, Node | list):
-        return _several(value)
-    return "–" if value in (None, {}) else str(value)
+    if value in (None, {}, []):
+        return "–"
+    return _several(value) if isinstance(value, Node | list) else str(value)
 
 
 def _several(value: Any) -> str:
@@ -166,6 +166,8 @@ def _several(value: Any) -> str:
         return ", ".join(
             name if inner is True else f"{name} {_shown(inner, unit)}" for name, (inner, unit) in told.items() if inner is not False
         )
+    if isinstance(value[0], str):
+        return ", ".join(value)
     numbers = [number for row in value for number in row]
     return f"{len(value)} × {len(value[0])} values, {min(numbers):g} to {max(numbers):g}"
 
