@@ -10,6 +10,7 @@ ACTIONS = {
     "compare": "print a plan's prediction beside its measurement",
     "calibrate": "fit the rates of a machine to what was measured on it",
     "experiments": "predict the published runs, beside what was published",
+    "published": "predict a table of published measurements, and tell the errors",
     "sweep": "draw the points of a sweep",
     "report": "write both, with figures and assumptions, as one HTML page",
 }

@@ -101,7 +101,7 @@ def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, fl
         return {}, {}
     launch = float(np.median([float(r["time_us"]) for r in groups.pop("launch.forward")])) * 1e-6
     groups.pop("launch.backward")
-    parameters = {"launch": Parameter(launch, "s"), "matmul_launch": Parameter(launch, "s")}
+    parameters = {"launch": Parameter(launch, "s")}
     report = {}
     size = 2 if plan.train.half else 4
     if "storage.write" in groups:

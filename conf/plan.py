@@ -36,24 +36,38 @@ class Gpu(Node):
     bf16_peak: Optional[FlopRate] = say("peak dense bf16 matrix rate, null where there is none", must=POSITIVE)
     fp16_peak: Optional[FlopRate] = say("peak dense fp16 matrix rate, null where there is none", must=POSITIVE)
     fp8_peak: Optional[FlopRate] = say("peak dense fp8 matrix rate, null where there is none", must=POSITIVE)
+    fp4_peak: Optional[FlopRate] = say("peak dense fp4 matrix rate, null where there is none", None, must=POSITIVE)
     memory: Bytes = say("memory of the device", must=POSITIVE)
     memory_bandwidth: ByteRate = say("peak memory bandwidth", must=POSITIVE)
     gemm_efficiency: float = say("fraction of the peak that a large matrix product reaches (measured maximum)", must=POSITIVE)
-    gemm_half: Flops = say("size of a matrix product that runs at half of that rate")
-    attention_efficiency: float = say("rate of the attention kernel as a fraction of a large matrix product's")
+    narrow_efficiency: float = say("the same in fp8 and fp4, of their peaks", 0.7, must=POSITIVE)
+    units: Optional[int] = say("units (SMs) over which a matrix product's tiles are dealt; null = tiles are not modelled", None, must=POSITIVE)
+    gemm_depth: float = say("depth of a matrix product that filling and draining a tile costs, in elements of k", 0.0, must=NOT_NEGATIVE)
+    gemm_half: float = say("intensity a b / (a + b) of an a × b tile at which it runs at half of an endless one's rate", 0.0,
+                           must=NOT_NEGATIVE)  # fmt: skip
+    grouped_efficiency: float = say("rate of grouped matrix products over that of single ones", 1.0, must=POSITIVE)
+    attention_efficiency: float = say("rate of the attention kernel, forward, as a fraction of a large matrix product's", must=POSITIVE)
+    attention_backward: float = say("the same, backward", must=POSITIVE)
     memory_efficiency: float = say("fraction of the memory bandwidth that element-wise kernels reach", must=POSITIVE)
     launch: Seconds = say("smallest time of a kernel", must=NOT_NEGATIVE)
     overlap: float = say("share of the memory traffic of a kernel hidden behind its arithmetic, 0 to 1", must=SHARE)
+    fusion: float = say("time of operations that only move tensors once compiled, over that in eager code", 1.0, must=POSITIVE)
+    eager_attention: float = say("rate of torch's own attention kernel over that of the best one", 1.0, must=POSITIVE)
+    slowdown: float = say("time that a collective beside kernels takes from them, as a share of its own", 0.0, must=NOT_NEGATIVE)
     link_bandwidth: BitRate = say("bandwidth to the other devices of its domain (NVLink), per direction", must=POSITIVE)
+    link_efficiency: float = say("fraction of that bandwidth that collectives reach", 1.0, must=POSITIVE)
+    nic_efficiency: float = say("fraction of the network's bandwidth that collectives reach", 1.0, must=POSITIVE)
     link_latency: Seconds = say("latency of one hop inside the domain", must=NOT_NEGATIVE)
     snapshot: ByteRate = say("rate at which the state is copied aside for an asynchronous checkpoint", must=POSITIVE)
+    error: float = say("standard deviation of log(predicted / measured) step time on sources left out of the fit", 0.25, must=NOT_NEGATIVE)
     idle_power: Watts = say("power of the idle device", must=NOT_NEGATIVE)
     max_power: Watts = say("power limit of the device")
     source: str = say("where the numbers come from")
 
     def peak(self, precision: str) -> float | None:
         """Peak dense matrix rate of training at a precision [FLOP/s], None where the device has none."""
-        return {"fp32": self.fp32_peak, "bf16": self.bf16_peak, "fp16": self.fp16_peak, "fp8": self.fp8_peak}.get(precision)
+        peaks = {"fp32": self.fp32_peak, "bf16": self.bf16_peak, "fp16": self.fp16_peak, "fp8": self.fp8_peak, "fp4": self.fp4_peak}
+        return peaks.get(precision)
 
 
 @dataclass(kw_only=True)
@@ -206,6 +220,8 @@ class Mesh(Node):
     ep: int = say("expert parallel: neighbouring ranks of tp, cp and dp_shard among which the experts are spread", 1, must=POSITIVE)
     vpp: int = say("virtual stages on each pipeline rank; above 1 for the interleaved schedules, 2 for the V-shaped ones", must=POSITIVE)
     schedule: str = say("pipeline schedule: auto = 1f1b, or interleaved if vpp > 1", "auto", must=("auto", *SCHEDULES))
+    zero: int = say("what dp_shard shards: 0 nothing, 1 optimizer states (ZeRO-1), 2 gradients too, 3 parameters too (FSDP)", 3,
+                    must=(0, 1, 2, 3))  # fmt: skip
     cp_kind: str = say("context parallelism: ring (keys travel), gather (keys are gathered) or ulysses (heads are traded)", "ring",
                        must=("ring", "gather", "ulysses"))  # fmt: skip
 
@@ -218,7 +234,8 @@ class Mesh(Node):
 @dataclass(kw_only=True)
 class Train(Node):
     precision: str = say(
-        "of matrix products: fp32, bf16, fp16, fp8 (weights, moments and reduction stay fp32)", must=("fp32", "bf16", "fp16", "fp8")
+        "of matrix products: fp32, bf16, fp16, fp8, fp4 (weights, moments and reduction stay fp32)",
+        must=("fp32", "bf16", "fp16", "fp8", "fp4"),
     )
     seq_len: int = say("tokens a sequence", must=POSITIVE)
     global_batch: int = say("sequences an optimizer step", must=POSITIVE)

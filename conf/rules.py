@@ -35,7 +35,7 @@ def _values(plan: Plan) -> Iterator[str]:
         if must == SHARE and not 0 <= value <= 1:
             yield f"{key}={value} is a share; it must lie between 0 and 1"
         if isinstance(must, tuple) and value not in must:
-            yield f"{key}={value} is not known; {nearest(value, must)}"
+            yield f"{key}={value} is not known; {nearest(str(value), map(str, must))}"
 
 
 def _divides(part: int, whole: int) -> bool:
@@ -147,7 +147,7 @@ def _training(plan: Plan) -> Iterator[str]:
     if train.steps is not None and train.warmup > train.steps:
         yield f"train.warmup={train.warmup} is longer than train.steps={train.steps}; set train.warmup={train.steps // 10}"
     if plan.gpu.peak(train.precision) is None:
-        has = ", ".join(name for name in ("fp32", "bf16", "fp16", "fp8") if plan.gpu.peak(name))
+        has = ", ".join(name for name in ("fp32", "bf16", "fp16", "fp8", "fp4") if plan.gpu.peak(name))
         yield f"train.precision={train.precision}: {plan.gpu.name} has no {train.precision} rate; it has {has}; set train.precision=fp32"
     for entry in plan.data.mixture:
         if not re.fullmatch(r"(\d+\.?\d*|\.\d+) \S+", entry) or float(entry.split()[0]) <= 0:

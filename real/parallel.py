@@ -46,8 +46,8 @@ def _unbuilt(plan: Plan) -> Iterator[tuple[str, str]]:
     model, precision, mesh = plan.model, plan.train.precision, plan.mesh
     if plan.gpu.kind == "tpu":
         yield "gpu.kind=tpu", "choose a gpu of kind cpu or cuda, for example gpu=cpu_core"
-    if precision == "fp16":
-        yield "train.precision=fp16", "set train.precision=" + ("bf16" if plan.gpu.bf16_peak else "fp32")
+    if precision in ("fp16", "fp4"):
+        yield f"train.precision={precision}", "set train.precision=" + ("bf16" if plan.gpu.bf16_peak else "fp32")
     if plan.train.optimizer == "adamw8bit" and plan.gpu.kind == "cpu":
         yield "train.optimizer=adamw8bit on a CPU", "set train.optimizer=adamw"
     if model.positions == "alibi":
@@ -58,6 +58,8 @@ def _unbuilt(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "model.mla with model.qk_norm or model.layer_norm", "set model.qk_norm=false model.layer_norm=false"
     if mesh.pp > 1 and mesh.pipeline in V_SHAPED and plan.gpu.kind == "cpu" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         yield f"mesh.schedule={mesh.pipeline} on a CPU with torch {torch.__version__}", "use torch 2.13, or mesh.schedule=zero_bubble"
+    if mesh.zero != 3 and plan.dp_shard * mesh.cp > 1:
+        yield f"mesh.zero={mesh.zero}", "set mesh.zero=3" + (", or dp_replicate for dp_shard" if mesh.zero == 0 else "")
     if not plan.train.fused_attention:
         yield "train.fused_attention=false", "set train.fused_attention=true"
     if model.moe.experts and plan.train.compile and plan.train.recompute != "none":

@@ -3,11 +3,20 @@
     seconds = launches × launch + max(f, b) + (1 − overlap) min(f, b),   f = FLOPs / rate,  b = bytes / bandwidth
 
 With overlap 1 this is the roofline (Williams, Waterman and Patterson 2009), with 0 the sum, as on one CPU thread.
-Everything takes arrays over plans.
+
+On a device of many units (the SMs of a GPU) a matrix product is cut into tiles, as many at a time as there are units: a
+last wave that is not full costs as much as a full one, small tiles reload their operands more often, and every tile
+fills and drains its pipeline once:
+
+    f = min over tile shapes (a, b) of  waves × 2 a b (k + depth) / (rate / units × e(a b / (a + b)))
+
+with waves = ceil(ceil(m / a) ceil(n / b) matrices / units) and e(i) = (i / (i + half)) / (i₀ / (i₀ + half)), i₀ that of the
+largest tile. The kernel library's choice of tile is taken to be the best one. Causal attention ends with the units
+waiting for the longest row of blocks. Everything takes arrays over plans.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,6 +36,7 @@ TRAFFIC = {
     "swiglu.forward": (2, 5), "swiglu.backward": (4, 9),
     "gelu.forward": (1, 2), "gelu.backward": (1, 3),
     "scores.forward": (3, 6), "scores.backward": (3, 8),
+    "quantise.forward": (1, 1.5), "quantise.backward": (2, 3),  # 2 bytes read, 1 written; backward transposed too
     "permute.forward": (4, 4), "permute.backward": (4, 4),
     "add.forward": (1, 3), "add.backward": (0, 0),
     "loss.forward": (2, 4), "loss.backward": (2, 4),
@@ -43,11 +53,16 @@ class Rates:
     rate: dict[str, float]  # FLOP/s of each kind and stage
     bandwidth: dict[str, float]  # B/s of each kind and stage
     launch: float
-    matmul_launch: float
+    units: float  # that work at the same time; nan where tiles are not modelled (measured rates hold their cost)
+    gemm_depth: float  # of k that filling and draining a tile costs
+    gemm_half: float  # intensity, a b / (a + b), at which a tile runs at half of an endless one's rate
+    grouped: float  # rate of grouped products over that of single ones
     overlap: float
     composition: float  # time of operations in a row over the sum of their times alone
     glue: float  # s that a block's forward or backward takes besides its operations
     optimizer_tensor: float  # s that the optimizer takes for each parameter tensor, whatever its size
+    fusion: float  # time of operations that only move tensors once compiled, over that in eager code
+    slowdown: float  # of kernels by the traffic beside them, as a share of its time
     jitter: float  # coefficient of variation of a block's time
     latency: dict[str, float]  # s a hop of each collective inside a server
     link: dict[str, float]  # B/s of each collective inside a server
@@ -63,6 +78,8 @@ class Rates:
     workers: float  # s to start the workers of the data stages
 
 
+TILES = ((256, 256), (256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))  # rows and columns, largest first
+ROWS = 128  # queries that a unit attends for at a time (FlashAttention-2 and later)
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 
@@ -79,22 +96,35 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
 
     gpu = plan.gpu
     precision = plan.train.precision
-    matmul = (gpu.peak(precision) or gpu.fp32_peak) * gpu.gemm_efficiency
-    wide = (gpu.peak("bf16" if precision == "fp8" else precision) or gpu.fp32_peak) * gpu.gemm_efficiency  # attention stays in bf16
+    narrow = precision in ("fp8", "fp4")  # attention stays in bf16
+    matmul = (gpu.peak(precision) or gpu.fp32_peak) * (gpu.narrow_efficiency if narrow else gpu.gemm_efficiency)
+    wide = (gpu.peak("bf16" if narrow else precision) or gpu.fp32_peak) * gpu.gemm_efficiency
     memory = gpu.memory_bandwidth * gpu.memory_efficiency
-    default = {"matmul": matmul, "attention": wide * gpu.attention_efficiency}
+    kernel = 1.0 if plan.train.compile else gpu.eager_attention
+    default = {
+        "matmul.forward": matmul,
+        "matmul.backward": matmul,
+        "attention.forward": wide * gpu.attention_efficiency * kernel,
+        "attention.backward": wide * gpu.attention_backward * kernel,
+    }
+    tiled = gpu.units is not None and "matmul.forward.rate" not in found
     return Rates(
-        rate={k: pick(f"{k}.rate", default.get(k.split(".")[0], np.inf)) for k in KINDS},
+        rate={k: pick(f"{k}.rate", default.get(k, np.inf)) for k in KINDS},
         bandwidth={k: pick(f"{k}.bandwidth", memory) for k in KINDS},
         launch=pick("launch", gpu.launch),
-        matmul_launch=pick("launch", gpu.launch + gpu.gemm_half / matmul),
+        units=float(gpu.units or 0) if tiled else np.nan,
+        gemm_depth=gpu.gemm_depth,
+        gemm_half=gpu.gemm_half,
+        grouped=gpu.grouped_efficiency,
         overlap=gpu.overlap,
         composition=pick("composition", 1.0),
         glue=pick("glue", 0.0),
         optimizer_tensor=pick("optimizer_tensor", gpu.launch),
+        fusion=gpu.fusion,
+        slowdown=gpu.slowdown,
         jitter=pick("jitter", 0.0),
         latency={c: pick(f"{c}.latency", gpu.link_latency) for c in COLLECTIVES},
-        link={c: pick(f"{c}.bandwidth", gpu.link_bandwidth / 8) for c in COLLECTIVES},
+        link={c: pick(f"{c}.bandwidth", gpu.link_efficiency * gpu.link_bandwidth / 8) for c in COLLECTIVES},
         shard_unit=pick("shard_unit.latency", 0.0),
         shard_copy=pick("shard_unit.bandwidth", memory),
         extract_rate=pick("extract_rate", plan.data.extract_rate),
@@ -131,10 +161,38 @@ class Device:
 
     def seconds(self, work: "Work") -> Array:
         """Time of some work at this device's rates."""
-        arithmetic, memory = work.flops / self[f"rate.{work.kind}"], work.bytes / self[f"bandwidth.{work.kind}"]
-        launch = self["matmul_launch"] if work.kind.startswith("matmul") else self["launch"]
+        rate = self[f"rate.{work.kind}"]
+        arithmetic, memory = work.flops / rate, work.bytes / self[f"bandwidth.{work.kind}"]
+        tiled = ~np.isnan(self["units"])
+        if work.products and tiled.any():
+            arithmetic = np.where(tiled, sum(self._tiles(product, rate) for product in work.products), arithmetic)
+        elif work.chain is not None:
+            arithmetic = arithmetic + np.where(tiled, work.chain * self["units"] / rate, 0.0)
         hidden = self["overlap"] * np.minimum(arithmetic, memory)
-        return np.asarray(work.launches * launch + arithmetic + memory - hidden)
+        return np.asarray(work.times * (work.launches * self["launch"] + arithmetic + memory - hidden))
+
+    def _tiles(self, product: "Product", rate: Array) -> Array:
+        """Arithmetic of a product in whole waves of its best tiles."""
+        best = np.asarray(np.inf)
+        units, half = self["units"], self["gemm_half"]
+        largest = np.prod(TILES[0]) / np.sum(TILES[0])
+        for a, b in TILES:
+            waves = np.ceil(np.ceil(product.m / a) * np.ceil(product.n / b) * product.matrices / units)
+            intensity = a * b / (a + b)
+            share = intensity / (intensity + half) * (largest + half) / largest
+            best = np.minimum(best, waves * (a * b / share))
+        grouped = np.where(np.asarray(product.matrices) > 1, self["grouped"], 1.0)
+        return np.asarray(2 * best * (product.k + self["gemm_depth"]) * (product.k > 0) / (rate / units * grouped))
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product [m, k] × [k, n], or as many at once with m rows each; arrays over plans, or numbers."""
+
+    m: Any
+    n: Any
+    k: Any
+    matrices: Any = 1
 
 
 @dataclass(frozen=True)
@@ -145,25 +203,32 @@ class Work:
     flops: Any
     bytes: Any
     launches: Any
+    products: tuple[Product, ...] = ()
+    chain: Any = None  # FLOPs of one unit while the others have ended
+    times: Any = 1
 
     def __mul__(self, times: Any) -> "Work":
-        return Work(self.kind, self.flops * times, self.bytes * times, self.launches * times)
+        return replace(self, times=self.times * times)
 
 
 def matmul(m: Any, n: Any, k: Any, size: Any, stage: str, matrices: Any = 1) -> Work:
     """[m, k] × [k, n], with the rows of m spread over so many matrices in one grouped product; backward is the two products
     for the input's and the weight's gradient."""
-    products = 1 if stage == "forward" else 2
-    return Work(f"matmul.{stage}", products * 2 * m * n * k, products * (m * k + matrices * n * k + m * n) * size, products)
+    rows = m / np.maximum(matrices, 1)
+    products = (Product(rows, n, k, matrices),) if stage == "forward" else (Product(rows, k, n, matrices), Product(n, k, rows, matrices))
+    count = len(products)
+    return Work(f"matmul.{stage}", count * 2 * m * n * k, count * (m * k + matrices * n * k + m * n) * size, count, products)
 
 
-def attention(tokens: Any, seq: Any, width: Any, size: Any, stage: str) -> Work:
+def attention(tokens: Any, seq: Any, width: Any, size: Any, stage: str, head: Any = 0) -> Work:
     """Causal attention of sequences of `seq` tokens: forward 2 t s w, backward 2.5 times that (Dao 2023, FlashAttention-2).
 
-    Its traffic also stands for the tiles on the diagonal, whose masked half is computed: both grow with t w.
+    Its traffic also stands for the tiles on the diagonal, whose masked half is computed: both grow with t w. While the last
+    rows of ROWS queries of a head look at the whole sequence, half of their time no other work is left.
     """
     factor = 1.0 if stage == "forward" else 2.5
-    return Work(f"attention.{stage}", factor * 2 * tokens * seq * width, factor * 4 * tokens * width * size, 2)
+    chain = factor * 0.5 * 4 * ROWS * seq * head
+    return Work(f"attention.{stage}", factor * 2 * tokens * seq * width, factor * 4 * tokens * width * size, 2, chain=chain)
 
 
 def moved(kind: str, elements: Any, size: Any, stage: str) -> Work:

@@ -35,11 +35,15 @@ def held(p: Any) -> Array:
 def memory(p: Any) -> Memory:
     """Memory of the first pipeline stage of each plan; `p` holds the plans' values as arrays (see sim.parallel)."""
     shards = p.dp_shard * p.cp
-    state = 16 * parameters(p) / (p.pp * p.tp * shards)  # fp32 weights, gradients and two moments
+    # FSDP: fp32 weights, gradients and two moments. Else what Megatron holds: weights, fp32 gradients, weights and moments.
+    whole = p.size * (p.size < 4) + 4 * (p.zero != 2) + 12 * (p.zero == 0)
+    split = 12 * (p.zero > 0) + 4 * (p.zero == 2)
+    shard = parameters(p) / (p.pp * p.tp * shards)
+    state = np.where(p.zero == 3, 16 * shard, whole * held(p) + split * shard)
     block = layers_parameters(p) / p.tp + routed_parameters(p) / p.ep
     unsharded = np.where(p.pp > 1, block / p.pp, 2 * block / p.layers)
-    gathered = np.where(shards > 1, (unsharded + embedding_parameters(p) / p.tp) * p.size, 0.0)
-    late = np.where((shards > 1) & (p.accumulation > 1), held(p) * 4, 0.0)  # gradients reduced with the last micro-batch
+    gathered = np.where((shards > 1) & (p.zero == 3), (unsharded + embedding_parameters(p) / p.tp) * p.size, 0.0)
+    late = np.where((shards > 1) & (p.zero == 3) & (p.accumulation > 1), held(p) * 4, 0.0)  # gradients reduced with the last micro-batch
     tokens = p.micro_batch * p.seq_len / p.cp
     in_flight = np.where(p.gpipe, p.accumulation, np.minimum(p.pp, p.accumulation))
     some = np.where(p.selective, products(p), kept(p))

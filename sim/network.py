@@ -28,7 +28,7 @@ class Network:
         self.domain = np.array([float(p.cluster.domain_ranks) for p in plans])
         self.pod = np.array([float(p.cluster.pod_ranks) for p in plans])
         self.oversubscription = np.array([p.cluster.oversubscription for p in plans])
-        self.nic = np.array([p.cluster.nic_bandwidth / 8 for p in plans])
+        self.nic = np.array([p.gpu.nic_efficiency * p.cluster.nic_bandwidth / 8 for p in plans])
         self.nic_latency = np.array([p.cluster.nic_latency for p in plans])
         self.node_limit = np.array([float(p.model.moe.node_limit or np.inf) for p in plans])
 

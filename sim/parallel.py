@@ -68,6 +68,8 @@ def columns(plans: Sequence[Plan]) -> Any:
     values |= {axis: np.array([float(sizes[axis]) for sizes in axes]) for axis in axes[0]}
     values |= {name: gather(attrgetter(name)) for name in ("dp", "accumulation", "ranks", "tokens_per_step")}
     values["size"] = gather(lambda p: 4 if p.train.precision == "fp32" else 2)
+    values["narrow"] = gather(lambda p: p.train.precision in ("fp8", "fp4"))
+    values["zero"] = gather(lambda p: p.mesh.zero)
     values["peak"] = gather(lambda p: p.gpu.peak(p.train.precision) or np.nan)
     values["rope"] = gather(lambda p: p.model.positions == "rope")
     moe = SimpleNamespace(**of("model.moe", ("experts", "top_k", "shared", "ffn", "dense_layers")))
@@ -79,17 +81,24 @@ def columns(plans: Sequence[Plan]) -> Any:
         "selective": np.array([p.train.recompute == "selective" for p in plans]),
         "gpipe": np.array([p.mesh.pipeline == "gpipe" for p in plans]),
         "beside": np.array([p.gpu.kind != "cpu" for p in plans]),
+        "compiled": np.array([p.train.compile for p in plans]),
+        "frozen": np.zeros(len(plans), bool),  # weights that have no gradient, as under low-rank adapters
     }
     return SimpleNamespace(**values, **flags, moe=moe, mla=mla)
 
 
 def steps(plans: Sequence[Plan]) -> Steps:
     """Predict the step of every plan."""
-    p, device = columns(plans), Device([rates(plan) for plan in plans])
-    network = Network(plans, device)
+    device = Device([rates(plan) for plan in plans])
+    return predict(columns(plans), device, Network(plans, device))
+
+
+def predict(p: Any, device: Device, network: Network) -> Steps:
+    """The steps of plans whose numbers are given as arrays."""
     layers, ends = _layers_a_stage(p), _ends(p, device)
     forward = _block(p, device, "forward")
-    backward = _block(p, device, "backward") + np.where(p.recompute, forward, np.where(p.selective, _small_work(p, device), 0.0))
+    again = np.where(p.recompute, forward, np.where(p.selective, _small_work(p, device), 0.0))
+    backward = _block(p, device, "backward") + again
     stage = layers * (forward + backward)
     last = np.where(p.pp > 1, np.maximum(0.0, sum(ends.values()) - _spared(p) * (forward + backward)), sum(ends.values()))
     micro = stage + last + _accumulate(p, device)
@@ -98,12 +107,9 @@ def steps(plans: Sequence[Plan]) -> Steps:
     bubble = p.bubbles * (p.pp - 1) / p.vpp * (micro + inside)  # interleaved 1F1B (Narayanan et al. 2021, section 2.2.2)
     agreed = network.collective("all_reduce", "dp_shard", np.full_like(p.dp, 4.0))  # one number: the gradient norm, and the loss
     optimizer = _optimizer(p, device) + agreed
-    sharding = _sharding(p, network, layers, p.accumulation)
     window = p.accumulation * micro
-    waiting = np.where(p.dp > 1, _largest(p.dp) * device["jitter"] * window, 0.0)
-    exposed = np.where(p.beside, np.maximum(0.0, sharding - window), sharding + waiting)
     compute = p.accumulation * (micro + _units(p, device, layers))
-    communication = p.accumulation * inside + exposed + agreed
+    communication = p.accumulation * inside + _exposed(p, device, network, layers, window) + agreed
     compute, optimizer = compute * p.crowd, optimizer * p.crowd  # CPU ranks that share a core take turns, but not in waiting
     step_time = compute + communication + bubble + optimizer
     sequences = np.ceil(p.evaluate_sequences / (p.dp * p.micro_batch))
@@ -112,6 +118,19 @@ def steps(plans: Sequence[Plan]) -> Steps:
     rate = p.tokens_per_step / step_time
     mfu = rate * flops_per_token(p, p.seq_len) / (p.peak * p.ranks)
     return Steps(step_time, compute, communication, bubble, optimizer, evaluate, memory(p).total, mfu, rate)
+
+
+def _exposed(p: Any, device: Device, network: Network, layers: Array, window: Array) -> Array:
+    """Traffic of data parallelism that the rank waits for.
+
+    Beside a GPU's kernels it hides in the step under FSDP and in one micro-batch where gradients are reduced once;
+    without sharding they are reduced after the backward pass. What hides slows the kernels beside it.
+    """
+    sharding = _sharding(p, network, layers, p.accumulation)
+    window = np.where(p.zero == 3, window, np.where(p.zero > 0, window / p.accumulation, 0.0))
+    hidden = np.minimum(sharding, window)
+    waiting = np.where(p.dp > 1, _largest(p.dp) * device["jitter"] * window, 0.0)
+    return np.asarray(np.where(p.beside, sharding - hidden + device["slowdown"] * hidden, sharding + waiting))
 
 
 def _largest(ranks: Array) -> Array:
@@ -142,7 +161,7 @@ def block_work(p: Any, stage: str) -> list[Work]:
     work = [matmul(tokens, n / p.tp, k, size, stage) * there for n, k, there in into]
     work.append(matmul(tokens, out[0], out[1] / p.tp, size, stage))
     whole = np.where(p.fused_attention, 1, 2)  # without fusion the masked half is computed too, and every score is written and read
-    work.append(attention(tokens, p.seq_len, (query_width(p) + value_width(p)) / 2 / p.tp, size, stage) * whole)
+    work.append(attention(tokens, p.seq_len, (query_width(p) + value_width(p)) / 2 / p.tp, size, stage, p.head_dim) * whole)
     work.append(moved("scores", tokens * p.seq_len * p.heads / p.tp, size, stage) * (whole - 1))
     work += [moved("norm", tokens * h / p.tp, size, stage)] * 2
     latent = p.mla.kv_rank > 0
@@ -150,8 +169,15 @@ def block_work(p: Any, stage: str) -> list[Work]:
     work += [moved("rotary", tokens * width / p.tp, size, stage) * p.rope for width in turned]
     work += [part * (1 - mixed) for part in _feed_forward(p, tokens, p.ffn, size, stage)]
     work += [part * mixed for part in _mixture(p, tokens, size, stage)]
+    work.append(moved("quantise", tokens * (_operands(p) + (h + value_width(p)) / p.tp), size, stage) * p.narrow)
     adds = 2 if stage == "forward" else 5  # backward sums gradients: two residuals, three of q k v, two of gate and up
     return work + [moved("add", tokens * h / p.tp, size, "forward")] * adds
+
+
+def _operands(p: Any) -> Any:
+    """Width of the feed-forward's inputs to matrix products, a token."""
+    mixed, moe = expert_layers(p) / p.layers, p.moe
+    return (1 - mixed) * (p.hidden + p.ffn / p.tp) + mixed * (moe.top_k + moe.shared) * (p.hidden + moe.ffn) / p.tp
 
 
 def _feed_forward(p: Any, tokens: Any, width: Any, size: Any, stage: str) -> list[Work]:
@@ -173,13 +199,25 @@ def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
 
 def _block(p: Any, device: Device, stage: str) -> Array:
     """Seconds of one block on one micro-batch."""
-    return np.asarray(device["glue"] + device["composition"] * np.sum([device.seconds(work) for work in block_work(p, stage)], axis=0))
+    return np.asarray(device["glue"] + device["composition"] * _together(p, device, block_work(p, stage)))
+
+
+def _together(p: Any, device: Device, works: list[Work]) -> Array:
+    """Seconds of operations in a row. Compiled, those that only move tensors are fused; frozen weights have no gradient."""
+    spent = np.zeros_like(p.layers)
+    for work in works:
+        if work.products or work.chain is not None:
+            kept = np.where(p.frozen & (len(work.products) > 1), 0.5, 1.0)  # of two products, the input's gradient alone
+        else:
+            kept = np.where(p.compiled, device["fusion"], 1.0)
+        spent = spent + kept * device.seconds(work)
+    return spent
 
 
 def _small_work(p: Any, device: Device) -> Array:
     """Seconds of a block's forward pass besides matrix products and attention: what selective recomputation does again."""
     small = [work for work in block_work(p, "forward") if work.kind.split(".")[0] not in ("matmul", "attention")]
-    return np.asarray(device["composition"] * np.sum([device.seconds(work) for work in small], axis=0))
+    return np.asarray(device["composition"] * _together(p, device, small))
 
 
 def _ends(p: Any, device: Device) -> dict[str, Array]:
@@ -189,21 +227,21 @@ def _ends(p: Any, device: Device) -> dict[str, Array]:
     for stage in ("forward", "backward"):
         work = [moved("embedding", tokens * p.hidden / p.tp, size, stage), moved("norm", tokens * p.hidden / p.tp, size, stage)]
         work += [matmul(tokens, p.vocab / p.tp, p.hidden, size, stage), moved("loss", tokens * p.vocab / p.tp, 4.0, stage)]
-        seconds[stage] = device["composition"] * np.sum([device.seconds(w) for w in work], axis=0)
+        seconds[stage] = device["composition"] * _together(p, device, work)
     return seconds
 
 
 def _accumulate(p: Any, device: Device) -> Array:
     """Adding a micro-batch's weight gradients to those before, and clearing: a pass over all of them."""
-    again = (p.accumulation - 1) / p.accumulation
+    again = (p.accumulation - 1) / p.accumulation * ~p.frozen
     return np.asarray(again * device.seconds(moved("add", held(p), 4.0, "forward")))
 
 
 def _optimizer(p: Any, device: Device) -> Array:
     """Clipping and AdamW on this rank's shard, fp32: nine tensors a block, the last norm and the tables."""
     tensors = 9 * p.layers / p.pp + 3 - p.tied
-    shard = parameters(p) / (p.pp * p.tp * p.dp_shard * p.cp)
-    return np.asarray(tensors * device["optimizer_tensor"] + device.seconds(moved("optimizer", shard, 4.0, "step")))
+    shard = np.where(p.zero > 0, parameters(p) / (p.pp * p.tp * p.dp_shard * p.cp), held(p))
+    return np.asarray(~p.frozen * (tensors * device["optimizer_tensor"] + device.seconds(moved("optimizer", shard, 4.0, "step"))))
 
 
 def _tensor_traffic(p: Any, network: Network, layers: Array) -> Array:
@@ -231,7 +269,7 @@ def _units(p: Any, device: Device, layers: Array) -> Array:
     """What sharding adds to the compute of one micro-batch: hooks a unit, and copies in and out of flat buffers."""
     count = layers + np.where(p.tied > 0, 1, 2)
     copied = held(p) * p.size
-    return np.where(p.dp > 1, count * device["shard_unit"] + copied / device["shard_copy"], 0.0)
+    return np.where((p.dp > 1) & (p.zero == 3), count * device["shard_unit"] + copied / device["shard_copy"], 0.0)
 
 
 def _gathers(p: Any, network: Network, layers: Array) -> Array:
@@ -253,13 +291,18 @@ def _ends_exchange(p: Any, network: Network, kind: str, size: Any) -> Array:
 
 
 def _sharding(p: Any, network: Network, layers: Array, micro_batches: Array) -> Array:
-    """FSDP's traffic in a step: parameters gathered for forward and backward, gradients reduced with the last micro-batch.
+    """Traffic of data parallelism in a step.
 
-    In a pipeline parameters stay gathered for the step, and the head's and root's units do not reshard after forward.
+    FSDP gathers parameters for forward and backward and reduces gradients with the last micro-batch; in a pipeline
+    parameters stay gathered for the step, and the head's and root's units do not reshard after forward. With gradients
+    sharded (ZeRO-2) they are gathered once a micro-batch, with optimizer states sharded (ZeRO-1) once a step, and with
+    nothing sharded gradients are all-reduced: as much as a reduction and a gathering.
     """
-    passes = np.where(p.pp > 1, 1, 2 * micro_batches)
-    ends = np.where(p.pp > 1, 1, micro_batches)
+    passes = np.where((p.pp > 1) | (p.zero < 2), 1, np.where(p.zero == 3, 2, 1) * micro_batches)
+    ends = np.where((p.pp > 1) | (p.zero < 2), 1, micro_batches)
     gather = passes * layers * _exchange(p, network, "all_gather", p.size) + ends * _ends_exchange(p, network, "all_gather", p.size)
-    reduce = layers * _exchange(p, network, "reduce_scatter", 4) + _ends_exchange(p, network, "reduce_scatter", 4)
+    kept = np.where(p.zero == 0, p.size, 4.0)  # without sharding gradients are reduced as they are, else in fp32
+    reduce = layers * _exchange(p, network, "reduce_scatter", kept) + _ends_exchange(p, network, "reduce_scatter", kept)
     shard = (held(p) / (p.dp_shard * p.cp)) * 4
-    return np.asarray(gather + reduce + network.collective("all_reduce", "dp_replicate", shard))
+    trained = np.where(p.frozen, (p.zero == 3) * gather, gather + reduce)
+    return np.asarray(trained + ~p.frozen * network.collective("all_reduce", "dp_replicate", shard))

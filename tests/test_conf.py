@@ -24,6 +24,8 @@ PARTS = {  # option of gpu: row of hardware.csv
     "h200_sxm": "H200-SXM-141GB",
     "b200": "B200-SXM-180GB",
     "gb200": "GB200-NVL72 (per GPU)",
+    "b300": "B300-SXM-288GB",
+    "gb300": "GB300-NVL72 (per GPU)",
     "mi300x": "MI300X",
     "tpu_v4": "TPUv4",
 }

@@ -1,0 +1,156 @@
+"""Published measurements predicted row by row with the calibration that ships in conf, and the errors told by group.
+
+Tables are recognised by their columns: training steps (with peak memory where it was measured), efficiencies of kernels,
+times of collectives. A row that cannot be predicted is told with its reason.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from analysis import replay
+from analysis.compare import columns as aligned
+from conf.errors import Refused
+from conf.files import write
+from conf.program import flag
+
+OPTIONS = {
+    "table": ("", "CSV file of measured rows"),
+    "out": ("", "CSV file to write: id, published, predicted, error"),
+    "json": ("false", "print one JSON object instead of a table"),
+}
+BAND = 1.2816  # standard deviations within which 80% of a normal distribution lie
+
+
+class Kind(NamedTuple):
+    """A kind of table: the columns that tell it, the measured one, and who predicts it."""
+
+    columns: tuple[str, ...]
+    measured: str
+    predict: Callable[[pd.DataFrame], replay.Replayed]
+
+
+KINDS = {
+    "step_time": Kind(replay.STEPS, "step_time_s", replay.steps_of),
+    "kernel_efficiency": Kind(replay.KERNELS, "efficiency", replay.kernels_of),
+    "collectives": Kind(replay.COLLECTIVES, "time_us", replay.collectives_of),
+}
+
+
+def published(options: Mapping[str, str]) -> int:
+    """Predict a table, print the errors and write the rows when asked to.
+
+    Raises Refused for a file that is no table, or one of no known kind.
+    """
+    if not options["table"]:
+        raise Refused("table= names no file; write foretold analysis published table=FILE")
+    frame = read(Path(options["table"]))
+    name = recognise(frame, options["table"])
+    rows, failed, memory = replayed(frame, KINDS[name])
+    told = {"table": name, "rows": len(frame), **scores(rows)}
+    told["groups"] = {str(group): scores(part) for group, part in rows.groupby("group", sort=True)}
+    told["by_kind"] = {str(kind): scores(part) for kind, part in rows.groupby("kind", sort=True)}
+    if memory is not None:
+        told["memory"] = memory
+    told["failed"] = failed
+    if options["out"]:
+        write(Path(options["out"]), rows[["id", "published", "predicted", "error"]].to_csv(index=False))
+    print(json.dumps(told) if flag(options, "json") else page(told))
+    return 0
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A table with an id and a group for every row.
+
+    Raises Refused when the file is no CSV table.
+    """
+    try:
+        frame = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise Refused(f"table={path} is no CSV table: {' '.join(str(error).split())[:120]}") from error
+    if frame.empty:
+        raise Refused(f"table={path} has no rows")
+    numbers = pd.Series([str(number) for number in range(1, len(frame) + 1)], index=frame.index)
+    frame["id"] = frame["id"].astype("string").fillna(numbers) if "id" in frame else numbers
+    if "group" not in frame:
+        frame["group"] = frame["gpu"] if "gpu" in frame else "all"
+    frame["group"] = frame["group"].astype("string").fillna("unnamed")
+    return frame
+
+
+def recognise(frame: pd.DataFrame, path: str) -> str:
+    """The kind of table whose columns are all there.
+
+    Raises Refused with what the nearest kind misses.
+    """
+    missing = {name: [column for column in kind.columns if column not in frame] for name, kind in KINDS.items()}
+    name = min(missing, key=lambda kind: len(missing[kind]) / len(KINDS[kind].columns))
+    if missing[name]:
+        raise Refused(f"table={path} is nearest to a table of {name}, but has no column {', '.join(missing[name])}; add what is missing")
+    return name
+
+
+def replayed(frame: pd.DataFrame, kind: Kind) -> tuple[pd.DataFrame, list[dict[str, str]], dict[str, float] | None]:
+    """The predicted rows with their errors, the others with their reasons, and the errors of measured memory."""
+    numbers = pd.to_numeric(frame[kind.measured], errors="coerce")
+    unmeasured = frame[~(numbers > 0)]
+    failed = [{"id": str(row["id"]), "reason": f"{kind.measured}={row[kind.measured]} is no number above 0"} for _, row in unmeasured.iterrows()]
+    found = kind.predict(frame[numbers > 0])
+    failed += [{"id": str(frame["id"][index]), "reason": reason} for index, reason in found.failed.items()]
+    rows = found.rows.assign(id=frame["id"], group=frame["group"], published=numbers)
+    rows["error"] = rows["predicted"] / rows["published"] - 1
+    rows["held"] = np.abs(np.log(rows["predicted"] / rows["published"])) <= BAND * rows["spread"]
+    return rows, failed, _memory(frame, rows)
+
+
+def _memory(frame: pd.DataFrame, rows: pd.DataFrame) -> dict[str, float] | None:
+    if "peak_memory_gib" not in frame or "memory" not in rows:
+        return None
+    measured = pd.to_numeric(frame["peak_memory_gib"], errors="coerce").reindex(rows.index) * 2**30
+    error = 100 * (rows["memory"] / measured - 1)[measured > 0].abs()
+    return {"rows": len(error), "mean_abs_pct": error.mean(), "max_abs_pct": error.max()} if len(error) else None
+
+
+def scores(rows: pd.DataFrame) -> dict[str, Any]:
+    """Errors of some rows, in percent of what was published; null where there are none."""
+    error = 100 * rows["error"]
+    one = 100 * (baseline(rows) / rows["published"] - 1).abs()
+    if error.empty:
+        names = ("mean_abs_pct", "median_abs_pct", "p95_abs_pct", "bias_pct", "coverage_80", "baseline_mean_abs_pct", "baseline_median_abs_pct")
+        return {"predicted": 0, **dict.fromkeys(names)}
+    return {
+        "predicted": len(rows), "mean_abs_pct": error.abs().mean(), "median_abs_pct": error.abs().median(),
+        "p95_abs_pct": error.abs().quantile(0.95), "bias_pct": error.mean(), "coverage_80": 100 * rows["held"].mean(),
+        "baseline_mean_abs_pct": one.mean(), "baseline_median_abs_pct": one.median(),
+    }  # fmt: skip
+
+
+def baseline(rows: pd.DataFrame) -> pd.Series:
+    """What one constant would say: published = constant × ideal, the median constant of each class of these very rows."""
+    constant = (rows["published"] / rows["ideal"]).groupby(rows["class"]).transform("median")
+    return constant * rows["ideal"]
+
+
+def page(told: Mapping[str, Any]) -> str:
+    """The same for a person."""
+    head = ("", "rows", "mean", "median", "95th pct", "bias", "80% band", "one constant")
+    lines = [head, _line("all", told), *(_line(kind, part) for kind, part in told["by_kind"].items() if len(told["by_kind"]) > 1)]
+    lines += [_line(group, part) for group, part in told["groups"].items()]
+    text = [f"{told['predicted']} of {told['rows']} rows of a table of {told['table']} predicted; absolute errors in percent", ""]
+    text += aligned(lines)
+    if told.get("memory"):
+        text.append("\npeak memory: {rows} rows, mean {mean_abs_pct:.1f}%, largest {max_abs_pct:.1f}%".format(**told["memory"]))
+    reasons = pd.Series([entry["reason"] for entry in told["failed"]], dtype=str).value_counts()
+    return "\n".join([*text, *(f"not predicted: {count} × {reason}" for reason, count in reasons.items())])
+
+
+def _line(name: str, part: Mapping[str, Any]) -> tuple[str, ...]:
+    if not part["predicted"]:
+        return (name, "0", *["–"] * 6)
+    errors = [f"{part[key]:.1f}" for key in ("mean_abs_pct", "median_abs_pct", "p95_abs_pct")]
+    held = (f"{part['bias_pct']:+.1f}", f"{part['coverage_80']:.0f}%")
+    return (name, str(part["predicted"]), *errors, *held, f"{part['baseline_mean_abs_pct']:.1f}")

@@ -1,0 +1,268 @@
+"""Rows of measured tables as plans and operations, and their predictions.
+
+What a table's columns say, and what follows from the named part and model: servers as their maker ships them, published
+configurations, frameworks that shard parameters run torch's eager code and the others fused kernels, unless they compile.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from conf.arithmetic import flops_per_token
+from conf.plan import Mla, Model, Moe, Plan
+from conf.program import load
+from sim.kernels import Device, Product, Work, attention, rates
+from sim.memory import held, memory
+from sim.network import Network
+from sim.parallel import columns, predict
+
+# Name of the part, as a pattern, and its group options; servers as their maker ships them. The first that matches holds.
+PARTS = (
+    ("GB300", "gb300", "gb300_nvl72"), ("GB200", "gb200", "gb200_nvl72"), ("B300", "b300", "dgx_b300"), ("B200", "b200", "dgx_b200"),
+    ("H200", "h200_sxm", "dgx_h100"), ("H800", "h800", "deepseek_h800"), ("H100.*PCI", "h100_pcie", "dgx_h100"),
+    ("H100", "h100_sxm", "dgx_h100"), ("A100.*40", "a100_40", "dgx_a100"), ("A100", "a100_80", "dgx_a100"),
+    ("V100", "v100_sxm", "dgx_v100"), ("MI300", "mi300x", "mi300x_node"),
+)  # fmt: skip
+
+# What a table's columns cannot say of a model, from its published configuration; a pattern for its name and the keys.
+FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("deepseek-?v3|kimi-?k2", {"mla": (512, 1536, 64), "head": 128, "shared": 1, "dense_layers": {"kimi": 1, "deepseek": 3}, "groups": 8}),
+    ("deepseek-?v2", {"mla": (512, 1536, 64), "head": 128, "shared": 2, "dense_layers": {"": 1}}),
+    ("qwen3", {"head": 128}),
+    ("gpt-?oss", {"head": 64}),
+    ("grok", {"head": 128}),
+)
+STEPS = (
+    "gpu", "num_gpus", "gpus_per_node", "layers", "hidden", "heads", "kv_heads", "ffn_hidden", "gated_mlp", "vocab", "seq_len", "tp",
+    "cp", "pp", "vpp", "dp", "micro_batch", "global_batch_seqs", "precision", "step_time_s",
+)  # fmt: skip
+KERNELS = ("gpu", "op", "peak_tflops", "m", "n", "k", "seq", "heads", "qk_head_dim", "v_head_dim", "efficiency")
+COLLECTIVES = ("op", "gpu", "ranks", "nodes", "bytes", "time_us")
+FULL = 0.94  # of a device's memory that a run can use: the rest is the driver's, NCCL's, and holes
+_FABRIC = re.compile(r"(?:(\d+) ?x ?)?(\d+) ?Gb(?:/s|ps)? (?:RoCE|InfiniBand|inter-node)", re.IGNORECASE)
+
+
+class Replayed(NamedTuple):
+    """Predicted rows under the table's index (predicted, spread, ideal, class, kind, and memory where there is any), and the
+    reasons of the others."""
+
+    rows: pd.DataFrame
+    failed: dict[Any, str]
+
+
+class Unplayable(ValueError):
+    """A row that says something no plan can say; the text is the reason."""
+
+
+def steps_of(frame: pd.DataFrame) -> Replayed:
+    """Seconds of a step and bytes on the fullest device of every row.
+
+    Where a row does not say what was recomputed, it is the least that fits in memory.
+    """
+    plans, failed = _each(frame, plan_of)
+    if not plans:
+        return Replayed(_table([], [], [], [], [], []), failed)
+    unsaid = [not _word(frame.loc[index], "recompute") for index in plans]
+    settled = _least(list(plans.values()), np.array(unsaid))
+    p, device = columns(settled), Device([rates(plan) for plan in settled])
+    p.frozen = np.array([str(frame["method"][index]).lower() == "lora" if "method" in frame else False for index in plans])
+    told = predict(p, device, Network(settled, device))
+    again = 1 + np.where(p.recompute, 1 / 3, 0.0)  # one constant utilisation of what the hardware computes
+    ideal = p.tokens_per_step * flops_per_token(p, p.seq_len) * again * np.where(p.frozen, 2 / 3, 1.0) / (p.peak * p.ranks)
+    classes = [f"{plan.gpu.name} {plan.train.precision}" for plan in settled]
+    kinds = ["moe" if plan.model.moe.experts else "dense" for plan in settled]
+    rows = _table(list(plans), told.step_time, [plan.gpu.error for plan in settled], ideal, classes, kinds)
+    return Replayed(rows.assign(memory=told.memory), failed)
+
+
+def _least(plans: list[Plan], unsaid: Any) -> list[Plan]:
+    """The plans with the least recomputation that fits, where it was not said; gradients may then be kept in half precision."""
+    choices = [[plan.but(**{"train.recompute": how}) for plan in plans] for how in ("none", "selective", "full")]
+    room = np.array([FULL * plan.gpu.memory for plan in plans])
+    needed = []
+    for choice in choices:
+        p = columns(choice)
+        needed.append(memory(p).total - np.where(p.zero == 1, 2 * held(p), 0.0))
+    least = np.where(needed[0] < room, 0, np.where(needed[1] < room, 1, 2))
+    return [choices[k][i] if unsaid[i] else plan for i, (plan, k) in enumerate(zip(plans, least, strict=True))]
+
+
+def kernels_of(frame: pd.DataFrame) -> Replayed:
+    """Fraction of the peak of every row's matrix products or attention; attention counts the full square of scores."""
+
+    def efficiency(row: Mapping[str, Any]) -> tuple[float, float, str, str]:
+        plan = _base(*_part(row)).but(**{"train.precision": "bf16", "train.compile": True})
+        flops, work = kernel(row)
+        seconds = float(Device([rates(plan)]).seconds(work)[0])
+        return flops / seconds / (float(row["peak_tflops"]) * 1e12), plan.gpu.error, plan.gpu.name, str(row["op"])
+
+    found, failed = _each(frame, efficiency)
+    values = list(found.values())
+    return Replayed(_table(list(found), [v[0] for v in values], [v[1] for v in values], [1.0] * len(values), [v[2] for v in values],
+                           [v[3] for v in values]), failed)  # fmt: skip
+
+
+def kernel(row: Mapping[str, Any]) -> tuple[float, Work]:
+    """The FLOPs that a row counts, and what the operation asks of the device."""
+    op = str(row["op"])
+    if op.startswith("sdp"):
+        stage = {"sdp_fwd": "forward", "sdp_bwd": "backward"}.get(op)
+        if stage is None:
+            raise Unplayable(f"op={op} is not sdp_fwd or sdp_bwd")
+        heads, seq, width = _count(row, "heads"), _count(row, "seq"), (_count(row, "qk_head_dim") + _count(row, "v_head_dim")) / 2
+        work = attention(seq * _count(row, "batch", 1), seq, heads * width, 2, stage, width)
+        return 2 * work.flops, work
+    if op not in ("matmul", "group_matmul"):
+        raise Unplayable(f"op={op} is not matmul, group_matmul, sdp_fwd or sdp_bwd")
+    count = _count(row, "groups") if op == "group_matmul" else _count(row, "batch", 1)
+    m, n, k = _count(row, "m"), _count(row, "n"), _count(row, "k")
+    adds = str(row.get("accumulate", "")).lower() == "true"
+    wide = 4 if str(row.get("out_dtype", "")) == "fp32" or (adds and op == "group_matmul") else 2  # experts' gradients add up in fp32
+    flops, size = 2.0 * m * n * k * count, 2 * (m * k + n * k) * count + wide * m * n * count * (1 + adds)
+    if op == "group_matmul" and str(row.get("stage")) == "bwd_grad_w":  # m tokens of an expert are the depth of its gradient
+        size = 2 * (m * k + m * n) * count + wide * n * k * count * (1 + adds)
+        m, n, k = n, k, m
+    return flops, Work("matmul.forward", flops, size, 1, (Product(m, n, k, count if op == "group_matmul" else 1),))
+
+
+def collectives_of(frame: pd.DataFrame) -> Replayed:
+    """Microseconds of every row's collective."""
+
+    def time(row: Mapping[str, Any]) -> tuple[float, float, str, str]:
+        op, ranks, nodes = str(row["op"]), _count(row, "ranks"), _count(row, "nodes")
+        if op not in ("all_reduce", "all_gather", "reduce_scatter"):
+            raise Unplayable(f"op={op} is not all_reduce, all_gather or reduce_scatter")
+        if ranks % nodes:
+            raise Unplayable(f"ranks={ranks} do not divide by nodes={nodes}")
+        base = _base(*_part(row))
+        plan = base.but(cluster=base.cluster.but(nodes=nodes, gpus_per_node=ranks // nodes), mesh=base.mesh.but(dp_shard=ranks))
+        network = Network([plan], Device([rates(plan)]))
+        seconds = float(network.collective(op, "dp_shard", np.array([float(_count(row, "bytes"))]))[0])
+        return seconds * 1e6, plan.gpu.error, plan.gpu.name, op
+
+    found, failed = _each(frame, time)
+    values, sizes = list(found.values()), [float(frame["bytes"][index]) for index in found]
+    classes = [f"{v[2]} {frame['nodes'][index]}" for index, v in found.items()]
+    return Replayed(_table(list(found), [v[0] for v in values], [v[1] for v in values], sizes, classes, [v[3] for v in values]), failed)
+
+
+def _each(frame: pd.DataFrame, of: Callable[[Mapping[str, Any]], Any]) -> tuple[dict[Any, Any], dict[Any, str]]:
+    found, failed = {}, {}
+    for index, row in zip(frame.index, frame.to_dict("records"), strict=True):
+        try:
+            found[index] = of(row)
+        except Unplayable as error:
+            failed[index] = str(error)
+    return found, failed
+
+
+def _table(index: Any, predicted: Any, spread: Any, ideal: Any, classes: Any, kinds: Any) -> pd.DataFrame:
+    return pd.DataFrame({"predicted": predicted, "spread": spread, "ideal": ideal, "class": classes, "kind": kinds}, index=index)
+
+
+def zero_stage(text: str) -> int:
+    """What is sharded over the data-parallel ranks, 0 to 3: nothing, optimizer states, gradients too, parameters too."""
+    said = text.lower()
+    if "grad" in said:
+        return 2
+    if "fsdp" in said or "full" in said or "hybrid" in said:
+        return 3
+    found = re.match(r"\s*([0-3])", said)
+    return int(found[1]) if found else 0
+
+
+def fabric(notes: str, gpus_per_node: int) -> float | None:
+    """Bits a second of network for each device, where a row's notes tell that of its server."""
+    found = _FABRIC.search(notes)
+    return int(found[1] or 1) * int(found[2]) * 1e9 / gpus_per_node if found else None
+
+
+def plan_of(row: Mapping[str, Any]) -> Plan:
+    """The plan of a row.
+
+    Raises Unplayable with what is wrong in it.
+    """
+    part = _part(row)
+    sizes = {name: _count(row, name) for name in ("num_gpus", "tp", "cp", "pp", "vpp", "dp", "micro_batch", "global_batch_seqs", "seq_len")}
+    product = sizes["tp"] * sizes["cp"] * sizes["pp"] * sizes["dp"]
+    if product != sizes["num_gpus"]:
+        raise Unplayable(f"tp × cp × pp × dp = {product}, but num_gpus={sizes['num_gpus']}")
+    if sizes["global_batch_seqs"] < sizes["dp"]:
+        raise Unplayable(f"global_batch_seqs={sizes['global_batch_seqs']} is less than dp={sizes['dp']}")
+    base = _base(*part)
+    precision = {"nvfp4": "fp4", "mxfp8": "fp8"}.get(str(row["precision"]).lower(), str(row["precision"]).lower())
+    if base.gpu.peak(precision) is None:
+        raise Unplayable(f"precision={row['precision']}: {base.gpu.name} has no such rate in conf/gpu")
+    per_node = min(_count(row, "gpus_per_node"), sizes["num_gpus"])
+    said = str(row.get("zero_stage_or_fsdp", ""))
+    stage = zero_stage(said)
+    expert = _count(row, "ep", 1)
+    nic = fabric(str(row.get("notes", "")), _count(row, "gpus_per_node"))
+    return base.but(
+        model=model_of(row),
+        cluster=base.cluster.but(nodes=-(-sizes["num_gpus"] // per_node), gpus_per_node=per_node, **({"nic_bandwidth": nic} if nic else {})),
+        mesh=base.mesh.but(dp_replicate=1, dp_shard=sizes["dp"], cp=sizes["cp"], tp=sizes["tp"], pp=sizes["pp"], vpp=sizes["vpp"],
+                           ep=expert, zero=stage),
+        train=base.train.but(precision=precision, seq_len=sizes["seq_len"], global_batch=sizes["global_batch_seqs"],
+                             micro_batch=min(sizes["micro_batch"], max(1, sizes["global_batch_seqs"] // sizes["dp"])),
+                             recompute=_word(row, "recompute") or "none", compile=bool(_count(row, "compile", 0)) or stage < 2 or bool(re.search("jax|pax", said, re.IGNORECASE)),
+                             fused_attention=precision != "fp16"),
+    )  # fmt: skip
+
+
+def model_of(row: Mapping[str, Any]) -> Model:
+    name = str(row.get("model", "model"))
+    family = next((keys for pattern, keys in FAMILIES if re.search(pattern, name, re.IGNORECASE)), {})
+    latent = family.get("mla")
+    classic = not _count(row, "gated_mlp", 1)
+    layers, experts = _count(row, "layers"), _count(row, "experts", 0)
+    dense = next((n for maker, n in family.get("dense_layers", {}).items() if maker in name.lower()), 0)
+    moe = Moe()
+    if experts:
+        moe = Moe(experts=experts, top_k=_count(row, "top_k"), ffn=_count(row, "moe_ffn"), shared=family.get("shared", 0),
+                  dense_layers=min(dense, layers - 1), groups=family.get("groups", 1))  # fmt: skip
+    return Model(
+        name=name, layers=layers, hidden=_count(row, "hidden"), heads=_count(row, "heads"), kv_heads=_count(row, "kv_heads"),
+        head=family.get("head"), ffn=_count(row, "ffn_hidden"), gated=not classic, vocab=_count(row, "vocab"), tied=classic,
+        positions="learned" if classic else "rope", context=_count(row, "seq_len") if classic else None, layer_norm=classic,
+        qk_norm="qwen3" in name.lower(), rope_theta=1e4, norm_epsilon=1e-5, moe=moe,
+        mla=Mla(kv_rank=latent[0], q_rank=latent[1], rope=latent[2]) if latent else Mla(), source="a row of a table",
+    )  # fmt: skip
+
+
+def _part(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The options of gpu and cluster for a row."""
+    for pattern, gpu, cluster in PARTS:
+        if re.search(pattern, str(row["gpu"]), re.IGNORECASE):
+            return gpu, cluster
+    raise Unplayable(f"gpu={row['gpu']} is not in conf/gpu")
+
+
+@cache
+def _base(gpu: str, cluster: str) -> Plan:
+    return load([f"gpu={gpu}", f"cluster={cluster}", "train.global_batch=5040", "train.micro_batch=1"])
+
+
+def _word(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    return "" if value is None or value != value else str(value)
+
+
+def _count(row: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number of a row, which may be blank only where there is a default."""
+    value = row.get(name)
+    if value is None or value != value:
+        if default is None:
+            raise Unplayable(f"{name} is blank")
+        return default
+    try:
+        number = int(float(value))
+    except (TypeError, ValueError):
+        raise Unplayable(f"{name}={value} is no number") from None
+    if default is None and number < 1:
+        raise Unplayable(f"{name}={value} must be above 0")
+    return number
