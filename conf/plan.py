@@ -50,9 +50,12 @@ class Gpu(Node):
     attention_backward: float = say("the same, backward", must=POSITIVE)
     memory_efficiency: float = say("fraction of the memory bandwidth that element-wise kernels reach", must=POSITIVE)
     launch: Seconds = say("smallest time of a kernel", must=NOT_NEGATIVE)
+    host_launch: Seconds = say("time of the host to launch a kernel; many small ones wait for it", 0.0, must=NOT_NEGATIVE)
     overlap: float = say("share of the memory traffic of a kernel hidden behind its arithmetic, 0 to 1", must=SHARE)
     fusion: float = say("time of operations that only move tensors once compiled, over that in eager code", 1.0, must=POSITIVE)
     eager_attention: float = say("rate of torch's own attention kernel over that of the best one", 1.0, must=POSITIVE)
+    tensor_overlap: float = say("share of tensor-parallel traffic hidden behind the matrix products around it, in fused code", 0.0,
+                                must=SHARE)  # fmt: skip
     slowdown: float = say("time that a collective beside kernels takes from them, as a share of its own", 0.0, must=NOT_NEGATIVE)
     link_bandwidth: BitRate = say("bandwidth to the other devices of its domain (NVLink), per direction", must=POSITIVE)
     link_efficiency: float = say("fraction of that bandwidth that collectives reach", 1.0, must=POSITIVE)

@@ -53,6 +53,7 @@ class Rates:
     rate: dict[str, float]  # FLOP/s of each kind and stage
     bandwidth: dict[str, float]  # B/s of each kind and stage
     launch: float
+    host: float  # s that the host takes to launch a kernel: a block is never faster than its launches
     units: float  # that work at the same time; nan where tiles are not modelled (measured rates hold their cost)
     gemm_depth: float  # of k that filling and draining a tile costs
     gemm_half: float  # intensity, a b / (a + b), at which a tile runs at half of an endless one's rate
@@ -62,6 +63,7 @@ class Rates:
     glue: float  # s that a block's forward or backward takes besides its operations
     optimizer_tensor: float  # s that the optimizer takes for each parameter tensor, whatever its size
     fusion: float  # time of operations that only move tensors once compiled, over that in eager code
+    tensor_overlap: float  # share of tensor-parallel traffic hidden behind the products around it in fused code
     slowdown: float  # of kernels by the traffic beside them, as a share of its time
     jitter: float  # coefficient of variation of a block's time
     latency: dict[str, float]  # s a hop of each collective inside a server
@@ -112,6 +114,7 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         rate={k: pick(f"{k}.rate", default.get(k, np.inf)) for k in KINDS},
         bandwidth={k: pick(f"{k}.bandwidth", memory) for k in KINDS},
         launch=pick("launch", gpu.launch),
+        host=gpu.host_launch if tiled else 0.0,
         units=float(gpu.units or 0) if tiled else np.nan,
         gemm_depth=gpu.gemm_depth,
         gemm_half=gpu.gemm_half,
@@ -121,6 +124,7 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         glue=pick("glue", 0.0),
         optimizer_tensor=pick("optimizer_tensor", gpu.launch),
         fusion=gpu.fusion,
+        tensor_overlap=gpu.tensor_overlap,
         slowdown=gpu.slowdown,
         jitter=pick("jitter", 0.0),
         latency={c: pick(f"{c}.latency", gpu.link_latency) for c in COLLECTIVES},

@@ -102,7 +102,8 @@ def predict(p: Any, device: Device, network: Network) -> Steps:
     stage = layers * (forward + backward)
     last = np.where(p.pp > 1, np.maximum(0.0, sum(ends.values()) - _spared(p) * (forward + backward)), sum(ends.values()))
     micro = stage + last + _accumulate(p, device)
-    inside = _tensor_traffic(p, network, layers) + _expert_traffic(p, network, layers)
+    shown = np.where(p.compiled, 1 - device["tensor_overlap"], 1.0)
+    inside = shown * _tensor_traffic(p, network, layers) + _expert_traffic(p, network, layers)
     inside = inside + np.where(p.pp > 1, 2 * network.send("pp", _message(p)), 0.0)
     bubble = p.bubbles * (p.pp - 1) / p.vpp * (micro + inside)  # interleaved 1F1B (Narayanan et al. 2021, section 2.2.2)
     agreed = network.collective("all_reduce", "dp_shard", np.full_like(p.dp, 4.0))  # one number: the gradient norm, and the loss
@@ -199,7 +200,19 @@ def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
 
 def _block(p: Any, device: Device, stage: str) -> Array:
     """Seconds of one block on one micro-batch."""
-    return np.asarray(device["glue"] + device["composition"] * _together(p, device, block_work(p, stage)))
+    works = block_work(p, stage)
+    busy = np.asarray(device["glue"] + device["composition"] * _together(p, device, works))
+    return np.maximum(busy, device["host"] * _calls(p, works))
+
+
+def _calls(p: Any, works: list[Work]) -> Array:
+    """Kernels that the host launches in a row, collectives of a tensor-parallel block included; compiling fuses half of
+    those that only move tensors."""
+    calls = np.where(p.tp > 1, 4.0, 0.0)
+    for work in works:
+        single = work.products or work.chain is not None
+        calls = calls + work.launches * work.times * (1.0 if single else np.where(p.compiled, 0.5, 1.0))
+    return calls
 
 
 def _together(p: Any, device: Device, works: list[Work]) -> Array:
