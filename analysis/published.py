@@ -23,6 +23,7 @@ OPTIONS = {
     "out": ("", "CSV file to write: id, published, predicted, error"),
     "json": ("false", "print one JSON object instead of a table"),
 }
+FIGURES = ("mean_abs_pct", "median_abs_pct", "p95_abs_pct", "bias_pct", "coverage_80", "baseline_mean_abs_pct", "baseline_median_abs_pct")
 BAND = 1.2816  # standard deviations within which 80% of a normal distribution lie
 
 
@@ -77,7 +78,7 @@ def read(path: Path) -> pd.DataFrame:
     numbers = pd.Series([str(number) for number in range(1, len(frame) + 1)], index=frame.index)
     frame["id"] = frame["id"].astype("string").fillna(numbers) if "id" in frame else numbers
     if "group" not in frame:
-        frame["group"] = frame["gpu"] if "gpu" in frame else "all"
+        frame["group"] = frame.get("gpu", "all")
     frame["group"] = frame["group"].astype("string").fillna("unnamed")
     return frame
 
@@ -98,7 +99,9 @@ def replayed(frame: pd.DataFrame, kind: Kind) -> tuple[pd.DataFrame, list[dict[s
     """The predicted rows with their errors, the others with their reasons, and the errors of measured memory."""
     numbers = pd.to_numeric(frame[kind.measured], errors="coerce")
     unmeasured = frame[~(numbers > 0)]
-    failed = [{"id": str(row["id"]), "reason": f"{kind.measured}={row[kind.measured]} is no number above 0"} for _, row in unmeasured.iterrows()]
+    failed = [
+        {"id": str(row["id"]), "reason": f"{kind.measured}={row[kind.measured]} is no number above 0"} for _, row in unmeasured.iterrows()
+    ]
     found = kind.predict(frame[numbers > 0])
     failed += [{"id": str(frame["id"][index]), "reason": reason} for index, reason in found.failed.items()]
     rows = found.rows.assign(id=frame["id"], group=frame["group"], published=numbers)
@@ -120,7 +123,15 @@ def scores(rows: pd.DataFrame) -> dict[str, Any]:
     error = 100 * rows["error"]
     one = 100 * (baseline(rows) / rows["published"] - 1).abs()
     if error.empty:
-        names = ("mean_abs_pct", "median_abs_pct", "p95_abs_pct", "bias_pct", "coverage_80", "baseline_mean_abs_pct", "baseline_median_abs_pct")
+        names = (
+            "mean_abs_pct",
+            "median_abs_pct",
+            "p95_abs_pct",
+            "bias_pct",
+            "coverage_80",
+            "baseline_mean_abs_pct",
+            "baseline_median_abs_pct",
+        )
         return {"predicted": 0, **dict.fromkeys(names)}
     return {
         "predicted": len(rows), "mean_abs_pct": error.abs().mean(), "median_abs_pct": error.abs().median(),

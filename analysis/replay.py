@@ -42,6 +42,7 @@ STEPS = (
 )  # fmt: skip
 KERNELS = ("gpu", "op", "peak_tflops", "m", "n", "k", "seq", "heads", "qk_head_dim", "v_head_dim", "efficiency")
 COLLECTIVES = ("op", "gpu", "ranks", "nodes", "bytes", "time_us")
+DEEP = 61  # layers of the whole models that start with dense ones (DeepSeek-V2 has 60)
 FULL = 0.94  # of a device's memory that a run can use: the rest is the driver's, NCCL's, and holes
 _FABRIC = re.compile(r"(?:(\d+) ?x ?)?(\d+) ?Gb(?:/s|ps)? (?:RoCE|InfiniBand|inter-node)", re.IGNORECASE)
 
@@ -63,24 +64,47 @@ def steps_of(frame: pd.DataFrame) -> Replayed:
 
     Where a row does not say what was recomputed, it is the least that fits in memory.
     """
-    plans, failed = _each(frame, plan_of)
-    if not plans:
+    settled, frozen, index, failed = _played(frame)
+    if not settled:
         return Replayed(_table([], [], [], [], [], []), failed)
-    unsaid = [not _word(frame.loc[index], "recompute") for index in plans]
-    settled = _least(list(plans.values()), np.array(unsaid))
-    p, device = columns(settled), Device([rates(plan) for plan in settled])
-    p.frozen = np.array([str(frame["method"][index]).lower() == "lora" if "method" in frame else False for index in plans])
-    told = predict(p, device, Network(settled, device))
+    p, network = arrays(settled, frozen)
+    told = predict(p, network.device, network)
     again = 1 + np.where(p.recompute, 1 / 3, 0.0)  # one constant utilisation of what the hardware computes
     ideal = p.tokens_per_step * flops_per_token(p, p.seq_len) * again * np.where(p.frozen, 2 / 3, 1.0) / (p.peak * p.ranks)
     classes = [f"{plan.gpu.name} {plan.train.precision}" for plan in settled]
     kinds = ["moe" if plan.model.moe.experts else "dense" for plan in settled]
-    rows = _table(list(plans), told.step_time, [plan.gpu.error for plan in settled], ideal, classes, kinds)
+    rows = _table(index, told.step_time, [plan.gpu.error for plan in settled], ideal, classes, kinds)
     return Replayed(rows.assign(memory=told.memory), failed)
+
+
+def plans_of(frame: pd.DataFrame) -> tuple[list[Plan], Any, list[Any]]:
+    """The plans of the rows that can be predicted, where their weights are frozen, and the rows' index."""
+    return _played(frame)[:3]
+
+
+def arrays(plans: list[Plan], frozen: Any) -> tuple[Any, Network]:
+    """What sim.parallel.predict asks for."""
+    p = columns(plans)
+    p.frozen = frozen
+    return p, Network(plans, Device([rates(plan) for plan in plans]))
+
+
+def _played(frame: pd.DataFrame) -> tuple[list[Plan], Any, list[Any], dict[Any, str]]:
+    plans, failed = _each(frame, plan_of)
+    unsaid = [not _word(frame.loc[index], "recompute") for index in plans]
+    frozen = [str(frame["method"][index]).lower() == "lora" if "method" in frame else False for index in plans]
+    return _least(list(plans.values()), np.array(unsaid)), np.array(frozen), list(plans), failed
+
+
+def kernel_plan(row: Mapping[str, Any]) -> Plan:
+    """A plan on the row's device."""
+    return _base(*_part(row)).but(**{"train.precision": "bf16", "train.compile": True})
 
 
 def _least(plans: list[Plan], unsaid: Any) -> list[Plan]:
     """The plans with the least recomputation that fits, where it was not said; gradients may then be kept in half precision."""
+    if not plans:
+        return plans
     choices = [[plan.but(**{"train.recompute": how}) for plan in plans] for how in ("none", "selective", "full")]
     room = np.array([FULL * plan.gpu.memory for plan in plans])
     needed = []
@@ -95,7 +119,7 @@ def kernels_of(frame: pd.DataFrame) -> Replayed:
     """Fraction of the peak of every row's matrix products or attention; attention counts the full square of scores."""
 
     def efficiency(row: Mapping[str, Any]) -> tuple[float, float, str, str]:
-        plan = _base(*_part(row)).but(**{"train.precision": "bf16", "train.compile": True})
+        plan = kernel_plan(row)
         flops, work = kernel(row)
         seconds = float(Device([rates(plan)]).seconds(work)[0])
         return flops / seconds / (float(row["peak_tflops"]) * 1e12), plan.gpu.error, plan.gpu.name, str(row["op"])
@@ -150,9 +174,14 @@ def collectives_of(frame: pd.DataFrame) -> Replayed:
     return Replayed(_table(list(found), [v[0] for v in values], [v[1] for v in values], sizes, classes, [v[3] for v in values]), failed)
 
 
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as mappings."""
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
 def _each(frame: pd.DataFrame, of: Callable[[Mapping[str, Any]], Any]) -> tuple[dict[Any, Any], dict[Any, str]]:
     found, failed = {}, {}
-    for index, row in zip(frame.index, frame.to_dict("records"), strict=True):
+    for index, row in zip(frame.index, records(frame), strict=True):
         try:
             found[index] = of(row)
         except Unplayable as error:
@@ -198,20 +227,28 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
     if base.gpu.peak(precision) is None:
         raise Unplayable(f"precision={row['precision']}: {base.gpu.name} has no such rate in conf/gpu")
     per_node = min(_count(row, "gpus_per_node"), sizes["num_gpus"])
+    cluster = base.cluster.but(nodes=-(-sizes["num_gpus"] // per_node), gpus_per_node=per_node)
+    if nic := fabric(str(row.get("notes", "")), _count(row, "gpus_per_node")):
+        cluster = cluster.but(nic_bandwidth=nic)
     said = str(row.get("zero_stage_or_fsdp", ""))
-    stage = zero_stage(said)
-    expert = _count(row, "ep", 1)
-    nic = fabric(str(row.get("notes", "")), _count(row, "gpus_per_node"))
+    stage, batch = zero_stage(said), sizes["global_batch_seqs"]
+    fused = stage < 2 or _count(row, "compile", 0) > 0 or re.search("jax|pax", said, re.IGNORECASE) is not None
     return base.but(
         model=model_of(row),
-        cluster=base.cluster.but(nodes=-(-sizes["num_gpus"] // per_node), gpus_per_node=per_node, **({"nic_bandwidth": nic} if nic else {})),
+        cluster=cluster,
         mesh=base.mesh.but(dp_replicate=1, dp_shard=sizes["dp"], cp=sizes["cp"], tp=sizes["tp"], pp=sizes["pp"], vpp=sizes["vpp"],
-                           ep=expert, zero=stage),
-        train=base.train.but(precision=precision, seq_len=sizes["seq_len"], global_batch=sizes["global_batch_seqs"],
-                             micro_batch=min(sizes["micro_batch"], max(1, sizes["global_batch_seqs"] // sizes["dp"])),
-                             recompute=_word(row, "recompute") or "none", compile=bool(_count(row, "compile", 0)) or stage < 2 or bool(re.search("jax|pax", said, re.IGNORECASE)),
-                             fused_attention=precision != "fp16"),
+                           ep=_count(row, "ep", 1), zero=stage),
+        train=base.train.but(precision=precision, seq_len=sizes["seq_len"], global_batch=batch, compile=fused,
+                             micro_batch=min(sizes["micro_batch"], batch // sizes["dp"]), recompute=_recompute(row),
+                             fused_attention=precision != "fp16"),  # fp16 tables are older than FlashAttention
     )  # fmt: skip
+
+
+def _recompute(row: Mapping[str, Any]) -> str:
+    said = _word(row, "recompute") or "none"
+    if said not in ("none", "selective", "full"):
+        raise Unplayable(f"recompute={said} is not none, selective or full")
+    return said
 
 
 def model_of(row: Mapping[str, Any]) -> Model:
@@ -221,6 +258,7 @@ def model_of(row: Mapping[str, Any]) -> Model:
     classic = not _count(row, "gated_mlp", 1)
     layers, experts = _count(row, "layers"), _count(row, "experts", 0)
     dense = next((n for maker, n in family.get("dense_layers", {}).items() if maker in name.lower()), 0)
+    dense = -(-dense * layers // DEEP)  # a model cut to fewer layers keeps the proportion
     moe = Moe()
     if experts:
         moe = Moe(experts=experts, top_k=_count(row, "top_k"), ffn=_count(row, "moe_ffn"), shared=family.get("shared", 0),
@@ -249,13 +287,13 @@ def _base(gpu: str, cluster: str) -> Plan:
 
 def _word(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
-    return "" if value is None or value != value else str(value)
+    return "" if value is None or pd.isna(value) else str(value)
 
 
 def _count(row: Mapping[str, Any], name: str, default: int | None = None) -> int:
     """A whole number of a row, which may be blank only where there is a default."""
     value = row.get(name)
-    if value is None or value != value:
+    if value is None or pd.isna(value):
         if default is None:
             raise Unplayable(f"{name} is blank")
         return default

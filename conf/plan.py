@@ -17,7 +17,6 @@ from conf.units import (
     Bytes,
     DollarsPerHour,
     FlopRate,
-    Flops,
     Intensity,
     Litres,
     Rate,
@@ -41,7 +40,9 @@ class Gpu(Node):
     memory_bandwidth: ByteRate = say("peak memory bandwidth", must=POSITIVE)
     gemm_efficiency: float = say("fraction of the peak that a large matrix product reaches (measured maximum)", must=POSITIVE)
     narrow_efficiency: float = say("the same in fp8 and fp4, of their peaks", 0.7, must=POSITIVE)
-    units: Optional[int] = say("units (SMs) over which a matrix product's tiles are dealt; null = tiles are not modelled", None, must=POSITIVE)
+    units: Optional[int] = say(
+        "units (SMs) over which a matrix product's tiles are dealt; null = tiles are not modelled", None, must=POSITIVE
+    )
     gemm_depth: float = say("depth of a matrix product that filling and draining a tile costs, in elements of k", 0.0, must=NOT_NEGATIVE)
     gemm_half: float = say("intensity a b / (a + b) of an a × b tile at which it runs at half of an endless one's rate", 0.0,
                            must=NOT_NEGATIVE)  # fmt: skip
@@ -50,7 +51,7 @@ class Gpu(Node):
     attention_backward: float = say("the same, backward", must=POSITIVE)
     memory_efficiency: float = say("fraction of the memory bandwidth that element-wise kernels reach", must=POSITIVE)
     launch: Seconds = say("smallest time of a kernel", must=NOT_NEGATIVE)
-    host_launch: Seconds = say("time of the host to launch a kernel; many small ones wait for it", 0.0, must=NOT_NEGATIVE)
+    host_launch: Seconds = say("time of the host to launch a kernel; many small ones wait for it", must=NOT_NEGATIVE)
     overlap: float = say("share of the memory traffic of a kernel hidden behind its arithmetic, 0 to 1", must=SHARE)
     fusion: float = say("time of operations that only move tensors once compiled, over that in eager code", 1.0, must=POSITIVE)
     eager_attention: float = say("rate of torch's own attention kernel over that of the best one", 1.0, must=POSITIVE)
@@ -60,6 +61,7 @@ class Gpu(Node):
     link_bandwidth: BitRate = say("bandwidth to the other devices of its domain (NVLink), per direction", must=POSITIVE)
     link_efficiency: float = say("fraction of that bandwidth that collectives reach", 1.0, must=POSITIVE)
     nic_efficiency: float = say("fraction of the network's bandwidth that collectives reach", 1.0, must=POSITIVE)
+    link_start: Seconds = say("time that any collective takes to start", must=NOT_NEGATIVE)
     link_latency: Seconds = say("latency of one hop inside the domain", must=NOT_NEGATIVE)
     snapshot: ByteRate = say("rate at which the state is copied aside for an asynchronous checkpoint", must=POSITIVE)
     error: float = say("standard deviation of log(predicted / measured) step time on sources left out of the fit", 0.25, must=NOT_NEGATIVE)
@@ -251,7 +253,7 @@ class Train(Node):
     fused_attention: bool = say("whether attention keeps its scores on the chip (FlashAttention), as all do since 2022", True)
     recompute: str = say("activations recomputed in the backward pass: none, selective (all but matrix products and attention) or full",
                          must=("none", "selective", "full"))  # fmt: skip
-    compile: bool = say("whether torch.compile fuses each block", False)
+    compile: bool = say("whether kernels are fused: torch.compile of each block, or a framework that fuses its own", False)
     z_loss: float = say("weight of the squared log-partition in the loss (PaLM, section 5), which keeps logits small", 0.0,
                         must=NOT_NEGATIVE)  # fmt: skip
     optimizer: str = say("adamw, adamw8bit (moments in 8 bits; needs the extra adam8bit) or muon (on the matrices of the blocks)", "adamw",

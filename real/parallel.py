@@ -43,7 +43,12 @@ def refuse_unbuilt(plan: Plan) -> None:
 
 def _unbuilt(plan: Plan) -> Iterator[tuple[str, str]]:
     """Each value that this trainer does not execute, and the one that it does."""
-    model, precision, mesh = plan.model, plan.train.precision, plan.mesh
+    yield from _unbuilt_model(plan)
+    yield from _unbuilt_mesh(plan)
+
+
+def _unbuilt_model(plan: Plan) -> Iterator[tuple[str, str]]:
+    model, precision = plan.model, plan.train.precision
     if plan.gpu.kind == "tpu":
         yield "gpu.kind=tpu", "choose a gpu of kind cpu or cuda, for example gpu=cpu_core"
     if precision in ("fp16", "fp4"):
@@ -56,14 +61,18 @@ def _unbuilt(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "a mixture of experts with model.layer_norm or without model.gated", "set model.layer_norm=false model.gated=true"
     if model.mla.kv_rank and (model.qk_norm or model.layer_norm):
         yield "model.mla with model.qk_norm or model.layer_norm", "set model.qk_norm=false model.layer_norm=false"
-    if mesh.pp > 1 and mesh.pipeline in V_SHAPED and plan.gpu.kind == "cpu" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
-        yield f"mesh.schedule={mesh.pipeline} on a CPU with torch {torch.__version__}", "use torch 2.13, or mesh.schedule=zero_bubble"
-    if mesh.zero != 3 and plan.dp_shard * mesh.cp > 1:
-        yield f"mesh.zero={mesh.zero}", "set mesh.zero=3" + (", or dp_replicate for dp_shard" if mesh.zero == 0 else "")
     if not plan.train.fused_attention:
         yield "train.fused_attention=false", "set train.fused_attention=true"
     if model.moe.experts and plan.train.compile and plan.train.recompute != "none":
         yield f"train.compile=true with train.recompute={plan.train.recompute} in a mixture of experts", "set train.compile=false"
+
+
+def _unbuilt_mesh(plan: Plan) -> Iterator[tuple[str, str]]:
+    model, mesh = plan.model, plan.mesh
+    if mesh.pp > 1 and mesh.pipeline in V_SHAPED and plan.gpu.kind == "cpu" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        yield f"mesh.schedule={mesh.pipeline} on a CPU with torch {torch.__version__}", "use torch 2.13, or mesh.schedule=zero_bubble"
+    if mesh.zero != 3 and plan.dp_shard * mesh.cp > 1:
+        yield f"mesh.zero={mesh.zero}", "set mesh.zero=3" + (", or dp_replicate for dp_shard" if mesh.zero == 0 else "")
     if model.vocab % mesh.tp:
         yield f"model.vocab={model.vocab} on mesh.tp={mesh.tp} ranks", f"set model.vocab={-(-model.vocab // mesh.tp) * mesh.tp}"
     tokens, heads = plan.train.seq_len, model.heads // mesh.tp if model.mla.kv_rank else model.kv_heads // mesh.tp

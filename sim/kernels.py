@@ -68,6 +68,8 @@ class Rates:
     jitter: float  # coefficient of variation of a block's time
     latency: dict[str, float]  # s a hop of each collective inside a server
     link: dict[str, float]  # B/s of each collective inside a server
+    start: float  # s that any collective takes to start
+    nic: float  # fraction of the network's bandwidth that collectives reach
     shard_unit: float  # s that sharding adds to a unit's forward and backward
     shard_copy: float  # B/s of copying a unit's parameters and gradients
     extract_rate: float
@@ -129,6 +131,8 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         jitter=pick("jitter", 0.0),
         latency={c: pick(f"{c}.latency", gpu.link_latency) for c in COLLECTIVES},
         link={c: pick(f"{c}.bandwidth", gpu.link_efficiency * gpu.link_bandwidth / 8) for c in COLLECTIVES},
+        start=gpu.link_start if tiled else 0.0,
+        nic=gpu.nic_efficiency,
         shard_unit=pick("shard_unit.latency", 0.0),
         shard_copy=pick("shard_unit.bandwidth", memory),
         extract_rate=pick("extract_rate", plan.data.extract_rate),
@@ -153,7 +157,7 @@ class Device:
 
     def __init__(self, each: Sequence[Rates]) -> None:
         self.numbers: dict[str, Array] = {}
-        for field in fields(Rates):
+        for field in fields(Rates) if each else ():
             values = [getattr(r, field.name) for r in each]
             if isinstance(values[0], dict):
                 self.numbers |= {f"{field.name}.{k}": np.array([v[k] for v in values]) for k in values[0]}
@@ -162,6 +166,12 @@ class Device:
 
     def __getitem__(self, name: str) -> Array:
         return self.numbers[name]
+
+    def take(self, which: Any) -> "Device":
+        """The devices of these entries, by index."""
+        taken = Device([])
+        taken.numbers = {name: values[which] for name, values in self.numbers.items()}
+        return taken
 
     def seconds(self, work: "Work") -> Array:
         """Time of some work at this device's rates."""

@@ -27,9 +27,13 @@ class Memory:
 
 
 def held(p: Any) -> Array:
-    """Parameters of one tensor-, expert- and pipeline-parallel rank: what it would hold without sharding."""
+    """Parameters of the fullest tensor-, expert- and pipeline-parallel rank: what it would hold without sharding.
+
+    Leading dense layers leave more of the mixtures to the other stages.
+    """
     routed = routed_parameters(p)
-    return np.asarray(((parameters(p) - routed) / p.tp + routed / p.ep) / p.pp)
+    stage = np.minimum(1.0, p.layers / p.pp / np.maximum(expert_layers(p), 1))
+    return np.asarray((parameters(p) - routed) / p.tp / p.pp + routed / p.ep * stage)
 
 
 def memory(p: Any) -> Memory:

@@ -1,6 +1,6 @@
 """Time of a collective: a ring of n ranks passes n − 1 times a share of the bytes over the slowest link it crosses.
 
-seconds = hops latency + bytes (n − 1)/n / bandwidth       all-reduce: twice that (Thakur et al. 2005)
+seconds = start + hops latency + bytes (n − 1)/n / bandwidth       all-reduce: twice the last two (Thakur et al. 2005)
 
 Links are a tree: devices in a domain (NVLink), domains in a pod of the fabric, pods over an oversubscribed spine. Ranks
 are placed in order, so a group's neighbours are `stride` ranks apart, and as many groups of that kind leave a domain of g
@@ -28,7 +28,7 @@ class Network:
         self.domain = np.array([float(p.cluster.domain_ranks) for p in plans])
         self.pod = np.array([float(p.cluster.pod_ranks) for p in plans])
         self.oversubscription = np.array([p.cluster.oversubscription for p in plans])
-        self.nic = np.array([p.gpu.nic_efficiency * p.cluster.nic_bandwidth / 8 for p in plans])
+        self.nic = device["nic"] * np.array([p.cluster.nic_bandwidth / 8 for p in plans])
         self.nic_latency = np.array([p.cluster.nic_latency for p in plans])
         self.node_limit = np.array([float(p.model.moe.node_limit or np.inf) for p in plans])
 
@@ -55,7 +55,7 @@ class Network:
         hops = np.minimum(n - 1, 2 * np.ceil(np.log2(np.maximum(n, 1))))
         times = 2.0 if kind == "all_reduce" else 1.0
         spent = hops * self.latency(kind, n * stride) + size * (n - 1) / np.maximum(n, 1) / self.bandwidth(kind, stride, n * stride)
-        return np.where(n > 1, times * spent, 0.0)
+        return np.where(n > 1, self.device["start"] + times * spent, 0.0)
 
     def collective(self, kind: str, axis: str, size: Array) -> Array:
         """Seconds of a collective over an axis."""

@@ -212,7 +212,7 @@ def _calls(p: Any, works: list[Work]) -> Array:
     for work in works:
         single = work.products or work.chain is not None
         calls = calls + work.launches * work.times * (1.0 if single else np.where(p.compiled, 0.5, 1.0))
-    return calls
+    return np.asarray(calls)
 
 
 def _together(p: Any, device: Device, works: list[Work]) -> Array:
@@ -224,7 +224,7 @@ def _together(p: Any, device: Device, works: list[Work]) -> Array:
         else:
             kept = np.where(p.compiled, device["fusion"], 1.0)
         spent = spent + kept * device.seconds(work)
-    return spent
+    return np.asarray(spent)
 
 
 def _small_work(p: Any, device: Device) -> Array:
