@@ -16,7 +16,7 @@ waiting for the longest row of blocks. Everything takes arrays over plans.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -175,28 +175,61 @@ class Device:
 
     def seconds(self, work: "Work") -> Array:
         """Time of some work at this device's rates."""
-        rate = self[f"rate.{work.kind}"]
-        arithmetic, memory = work.flops / rate, work.bytes / self[f"bandwidth.{work.kind}"]
-        tiled = ~np.isnan(self["units"])
-        if work.products and tiled.any():
-            arithmetic = np.where(tiled, sum(self._tiles(product, rate) for product in work.products), arithmetic)
-        elif work.chain is not None:
-            arithmetic = arithmetic + np.where(tiled, work.chain * self["units"] / rate, 0.0)
-        hidden = self["overlap"] * np.minimum(arithmetic, memory)
-        return np.asarray(work.times * (work.launches * self["launch"] + arithmetic + memory - hidden))
+        return np.asarray(self.each([work])[0])
 
-    def _tiles(self, product: "Product", rate: Array) -> Array:
-        """Arithmetic of a product in whole waves of its best tiles."""
-        best = np.asarray(np.inf)
-        units, half = self["units"], self["gemm_half"]
-        largest = np.prod(TILES[0]) / np.sum(TILES[0])
-        for a, b in TILES:
-            waves = np.ceil(np.ceil(product.m / a) * np.ceil(product.n / b) * product.matrices / units)
-            intensity = a * b / (a + b)
-            share = intensity / (intensity + half) * (largest + half) / largest
-            best = np.minimum(best, waves * (a * b / share))
-        grouped = np.where(np.asarray(product.matrices) > 1, self["grouped"], 1.0)
-        return np.asarray(2 * best * (product.k + self["gemm_depth"]) * (product.k > 0) / (rate / units * grouped))
+    def each(self, works: Sequence["Work"]) -> Array:
+        """Times of some works, on a new first axis.
+
+        Stacked, because a plan's sixty operations one by one spend more time in calls than in arithmetic.
+        """
+        rate, bandwidth, flops, size, launches, times = stacked(
+            [self[f"rate.{work.kind}"] for work in works], [self[f"bandwidth.{work.kind}"] for work in works],
+            [work.flops for work in works], [work.bytes for work in works], [work.launches for work in works],
+            [work.times for work in works],
+        )  # fmt: skip
+        arithmetic, memory = flops / rate, size / bandwidth
+        if np.isfinite(self["units"]).any():
+            arithmetic = self._in_units(works, arithmetic)
+        hidden = self["overlap"] * np.minimum(arithmetic, memory)
+        return np.asarray(times * (launches * self["launch"] + arithmetic + memory - hidden))
+
+    def _in_units(self, works: Sequence["Work"], plain: Array) -> Array:
+        """Arithmetic where a device has units: products in whole waves, attention with its last rows, the others plain."""
+        tiled = np.isfinite(self["units"])
+        spent = list(plain)
+        found = [(place, product) for place, work in enumerate(works) for product in work.products]
+        if found:
+            tiles = self._tiles([product for _, product in found], [self[f"rate.{works[place].kind}"] for place, _ in found])
+            for place in {place for place, _ in found}:
+                whole = sum(tile for (where, _), tile in zip(found, tiles, strict=True) if where == place)
+                spent[place] = np.where(tiled, whole, spent[place])
+        for place, work in enumerate(works):
+            if work.chain is not None:
+                spent[place] = spent[place] + np.where(tiled, work.chain * self["units"] / self[f"rate.{work.kind}"], 0.0)
+        return stacked(spent)[0]
+
+    def _tiles(self, products: Sequence["Product"], rates: Sequence[Array]) -> Array:
+        """Arithmetic of products, each in whole waves of its best tiles."""
+        columns = [[getattr(product, name) for product in products] for name in ("m", "n", "k", "matrices")]
+        m, n, k, matrices, rate = stacked(*columns, rates)
+        a, b = (np.array(side, float).reshape(-1, *[1] * m.ndim) for side in zip(*TILES, strict=True))
+        intensity, largest = a * b / (a + b), np.prod(TILES[0]) / np.sum(TILES[0])
+        share = intensity / (intensity + self["gemm_half"]) * (largest + self["gemm_half"]) / largest
+        waves = np.ceil(np.ceil(m / a) * np.ceil(n / b) * matrices / self["units"])
+        best = np.min(waves * (a * b / share), axis=0)
+        grouped = np.where(matrices > 1, self["grouped"], 1.0)
+        return np.asarray(2 * best * (k + self["gemm_depth"]) * (k > 0) / (rate / self["units"] * grouped))
+
+
+def stacked(*columns: Sequence[Any]) -> list[Array]:
+    """Each column's arrays and numbers along a new first axis, in shapes that broadcast (np.stack takes only equal ones)."""
+    shapes = [np.broadcast_shapes(*{getattr(value, "shape", ()) for value in column}) for column in columns]
+    depth = max(map(len, shapes))
+    arrays = [np.empty((len(column), *[1] * (depth - len(shape)), *shape)) for column, shape in zip(columns, shapes, strict=True)]
+    for array, column in zip(arrays, columns, strict=True):
+        for place, value in enumerate(column):
+            array[place] = value
+    return arrays
 
 
 @dataclass(frozen=True)
@@ -222,7 +255,7 @@ class Work:
     times: Any = 1
 
     def __mul__(self, times: Any) -> "Work":
-        return replace(self, times=self.times * times)
+        return Work(self.kind, self.flops, self.bytes, self.launches, self.products, self.chain, self.times * times)
 
 
 def matmul(m: Any, n: Any, k: Any, size: Any, stage: str, matrices: Any = 1) -> Work:

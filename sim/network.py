@@ -10,6 +10,8 @@ bandwidth of a group out of a domain = NIC × g / min(stride, g)
 """
 
 from collections.abc import Sequence
+from copy import copy
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +34,12 @@ class Network:
         self.nic_latency = np.array([p.cluster.nic_latency for p in plans])
         self.node_limit = np.array([float(p.model.moe.node_limit or np.inf) for p in plans])
 
+    def on(self, p: Any) -> "Network":
+        """The same links under other meshes, whose degrees are given as arrays that broadcast."""
+        other = copy(self)
+        other.degree = {axis: getattr(p, axis) for axis in AXES}
+        return other
+
     def stride(self, axis: str) -> Array:
         """Ranks from one member of a group of this axis to the next."""
         span = np.ones_like(self.domain)
@@ -49,15 +57,17 @@ class Network:
     def latency(self, kind: str, reach: Array) -> Array:
         return np.where(reach > self.domain, self.nic_latency, self.device[f"latency.{kind}"])
 
-    def ring(self, kind: str, n: Array, stride: Array, size: Array) -> Array:
+    def ring(self, kind: str, n: Array, stride: Array, size: Any) -> Array:
         """Seconds of a collective of n ranks; `size` is the whole tensor's bytes. Large groups use trees: 2 log2 n hops."""
         assert kind in COLLECTIVES, kind
+        if np.max(n) <= 1:
+            return np.zeros(1)
         hops = np.minimum(n - 1, 2 * np.ceil(np.log2(np.maximum(n, 1))))
         times = 2.0 if kind == "all_reduce" else 1.0
         spent = hops * self.latency(kind, n * stride) + size * (n - 1) / np.maximum(n, 1) / self.bandwidth(kind, stride, n * stride)
         return np.where(n > 1, self.device["start"] + times * spent, 0.0)
 
-    def collective(self, kind: str, axis: str, size: Array) -> Array:
+    def collective(self, kind: str, axis: str, size: Any) -> Array:
         """Seconds of a collective over an axis."""
         return self.ring(kind, self.degree[axis], self.stride(axis), size)
 

@@ -8,6 +8,7 @@ Arrays of plans in, arrays out; one plan is an array of length 1.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -53,19 +54,20 @@ class Steps:
 
 
 def columns(plans: Sequence[Plan]) -> Any:
-    """The numbers of the plans that the model needs, as arrays under the plan's names."""
+    """The numbers of the plans that the model needs, under the plan's names: arrays, or one number where all have the same,
+    because arithmetic on a number costs next to nothing."""
 
-    def gather(pick: Callable[[Plan], Any]) -> Array:
-        return np.array([float(pick(plan)) for plan in plans])
+    def gather(pick: Callable[[Plan], Any]) -> Any:
+        found = [float(pick(plan)) for plan in plans]
+        return found[0] if len(set(found)) == 1 else np.array(found)
 
-    def of(group: str, names: Sequence[str]) -> dict[str, Array]:
+    def of(group: str, names: Sequence[str]) -> dict[str, Any]:
         return {name: gather(attrgetter(f"{group}.{name}")) for name in names}
 
     values = of("model", ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "gated", "vocab", "tied", "position_rows",
                           "layer_norm", "qk_norm"))  # fmt: skip
     values |= of("train", ("seq_len", "global_batch", "micro_batch", "evaluate_sequences", "fused_attention")) | of("mesh", ("vpp", "ep"))
-    axes = [plan.axes for plan in plans]
-    values |= {axis: np.array([float(sizes[axis]) for sizes in axes]) for axis in axes[0]}
+    values |= {axis: gather(partial(_degree, axis)) for axis in plans[0].axes}
     values |= {name: gather(attrgetter(name)) for name in ("dp", "accumulation", "ranks", "tokens_per_step")}
     values["size"] = gather(lambda p: 4 if p.train.precision == "fp32" else 2)
     values["narrow"] = gather(lambda p: p.train.precision in ("fp8", "fp4"))
@@ -87,6 +89,10 @@ def columns(plans: Sequence[Plan]) -> Any:
     return SimpleNamespace(**values, **flags, moe=moe, mla=mla)
 
 
+def _degree(axis: str, plan: Plan) -> int:
+    return plan.axes[axis]
+
+
 def steps(plans: Sequence[Plan]) -> Steps:
     """Predict the step of every plan."""
     device = Device([rates(plan) for plan in plans])
@@ -94,19 +100,18 @@ def steps(plans: Sequence[Plan]) -> Steps:
 
 
 def predict(p: Any, device: Device, network: Network) -> Steps:
-    """The steps of plans whose numbers are given as arrays."""
-    layers, ends = _layers_a_stage(p), _ends(p, device)
-    forward = _block(p, device, "forward")
-    again = np.where(p.recompute, forward, np.where(p.selective, _small_work(p, device), 0.0))
-    backward = _block(p, device, "backward") + again
-    stage = layers * (forward + backward)
-    last = np.where(p.pp > 1, np.maximum(0.0, sum(ends.values()) - _spared(p) * (forward + backward)), sum(ends.values()))
-    micro = stage + last + _accumulate(p, device)
+    """The steps of plans whose numbers are given as arrays that broadcast."""
+    layers, spent = _layers_a_stage(p), _spent(p, device)
+    ends = spent["ends.forward"] + spent["ends.backward"]
+    backward = spent["backward"] + np.where(p.recompute, spent["forward"], np.where(p.selective, spent["small"], 0.0))
+    block = spent["forward"] + backward
+    last = np.where(p.pp > 1, np.maximum(0.0, ends - _spared(p) * block), ends)
+    micro = layers * block + last + _accumulate(p, device)
     shown = np.where(p.compiled, 1 - device["tensor_overlap"], 1.0)
     inside = shown * _tensor_traffic(p, network, layers) + _expert_traffic(p, network, layers)
     inside = inside + np.where(p.pp > 1, 2 * network.send("pp", _message(p)), 0.0)
     bubble = p.bubbles * (p.pp - 1) / p.vpp * (micro + inside)  # interleaved 1F1B (Narayanan et al. 2021, section 2.2.2)
-    agreed = network.collective("all_reduce", "dp_shard", np.full_like(p.dp, 4.0))  # one number: the gradient norm, and the loss
+    agreed = network.collective("all_reduce", "dp_shard", 4.0)  # one number: the gradient norm, and the loss
     optimizer = _optimizer(p, device) + agreed
     window = p.accumulation * micro
     compute = p.accumulation * (micro + _units(p, device, layers))
@@ -115,10 +120,11 @@ def predict(p: Any, device: Device, network: Network) -> Steps:
     step_time = compute + communication + bubble + optimizer
     sequences = np.ceil(p.evaluate_sequences / (p.dp * p.micro_batch))
     gathers = _gathers(p, network, layers) * np.where(p.beside, 0.0, 1.0)
-    evaluate = p.crowd * sequences * (layers * forward + ends["forward"] + gathers + 0.5 * _units(p, device, layers))
+    evaluate = p.crowd * sequences * (layers * spent["forward"] + spent["ends.forward"] + gathers + 0.5 * _units(p, device, layers))
     rate = p.tokens_per_step / step_time
     mfu = rate * flops_per_token(p, p.seq_len) / (p.peak * p.ranks)
-    return Steps(step_time, compute, communication, bubble, optimizer, evaluate, memory(p).total, mfu, rate)
+    told = (step_time, compute, communication, bubble, optimizer, evaluate, memory(p).total, mfu, rate)
+    return Steps(*np.broadcast_arrays(*map(np.atleast_1d, told)))
 
 
 def _exposed(p: Any, device: Device, network: Network, layers: Array, window: Array) -> Array:
@@ -137,7 +143,7 @@ def _exposed(p: Any, device: Device, network: Network, layers: Array, window: Ar
 def _largest(ranks: Array) -> Array:
     """Standard deviations by which the slowest of some ranks exceeds their mean: ranks that wait for each other after
     every unit pay it every time (Blom 1958's approximation of the normal order statistic)."""
-    return np.array([NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) for n in ranks])
+    return np.asarray(np.vectorize(lambda n: NormalDist().inv_cdf((n - 0.375) / (n + 0.25)), otypes=[float])(ranks))
 
 
 def _layers_a_stage(p: Any) -> Array:
@@ -159,20 +165,21 @@ def block_work(p: Any, stage: str) -> list[Work]:
     tokens, size, h = p.micro_batch * p.seq_len / p.cp, p.size, p.hidden
     mixed = expert_layers(p) / p.layers
     *into, out = attention_matrices(p)
-    work = [matmul(tokens, n / p.tp, k, size, stage) * there for n, k, there in into]
+    work = [matmul(tokens, n / p.tp, k, size, stage) * there for n, k, there in into if np.any(there)]
     work.append(matmul(tokens, out[0], out[1] / p.tp, size, stage))
     whole = np.where(p.fused_attention, 1, 2)  # without fusion the masked half is computed too, and every score is written and read
     work.append(attention(tokens, p.seq_len, (query_width(p) + value_width(p)) / 2 / p.tp, size, stage, p.head_dim) * whole)
     work.append(moved("scores", tokens * p.seq_len * p.heads / p.tp, size, stage) * (whole - 1))
-    work += [moved("norm", tokens * h / p.tp, size, stage)] * 2
+    work.append(moved("norm", tokens * h / p.tp, size, stage) * 2)
     latent = p.mla.kv_rank > 0
     turned = np.where(latent, p.heads * p.mla.rope, value_width(p)), np.where(latent, p.mla.rope, p.kv_heads * p.head_dim)
     work += [moved("rotary", tokens * width / p.tp, size, stage) * p.rope for width in turned]
     work += [part * (1 - mixed) for part in _feed_forward(p, tokens, p.ffn, size, stage)]
-    work += [part * mixed for part in _mixture(p, tokens, size, stage)]
+    work += [part * mixed for part in _mixture(p, tokens, size, stage)] if np.any(mixed) else []
     work.append(moved("quantise", tokens * (_operands(p) + (h + value_width(p)) / p.tp), size, stage) * p.narrow)
     adds = 2 if stage == "forward" else 5  # backward sums gradients: two residuals, three of q k v, two of gate and up
-    return work + [moved("add", tokens * h / p.tp, size, "forward")] * adds
+    work += [moved("add", tokens * h / p.tp, size, "forward") * adds]
+    return [part for part in work if np.any(part.times)]  # what none of the plans does costs nothing
 
 
 def _operands(p: Any) -> Any:
@@ -198,11 +205,25 @@ def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
     return [matmul(tokens / p.tp, moe.experts, p.hidden, size, stage), *routed, *shared]
 
 
-def _block(p: Any, device: Device, stage: str) -> Array:
-    """Seconds of one block on one micro-batch."""
-    works = block_work(p, stage)
-    busy = np.asarray(device["glue"] + device["composition"] * _together(p, device, works))
-    return np.maximum(busy, device["host"] * _calls(p, works))
+def _spent(p: Any, device: Device) -> dict[str, Array]:
+    """Seconds on one micro-batch of a block, forward and backward, of its forward operations besides matrix products and
+    attention (which selective recomputation does again), and of the model's ends."""
+    parts = {name: block_work(p, name) for name in ("forward", "backward")}
+    parts |= {f"ends.{stage}": _ends(p, stage) for stage in ("forward", "backward")}
+    seconds = iter(device.each([work for works in parts.values() for work in works]))
+    timed = {name: [(work, _once(p, device, work) * next(seconds)) for work in works] for name, works in parts.items()}
+    timed["small"] = [(work, time) for work, time in timed["forward"] if work.kind.split(".")[0] not in ("matmul", "attention")]
+    spent = {name: device["composition"] * sum(time for _, time in works) for name, works in timed.items()}
+    for name in ("forward", "backward"):
+        spent[name] = np.maximum(device["glue"] + spent[name], device["host"] * _calls(p, parts[name]))
+    return spent
+
+
+def _once(p: Any, device: Device, work: Work) -> Any:
+    """Share of an operation that is done: compiled, those that only move tensors are fused; frozen weights have no gradient."""
+    if work.products or work.chain is not None:
+        return np.where(p.frozen, 0.5, 1.0) if len(work.products) > 1 else 1.0  # of two products, the input's gradient alone
+    return np.where(p.compiled, device["fusion"], 1.0)
 
 
 def _calls(p: Any, works: list[Work]) -> Array:
@@ -215,33 +236,11 @@ def _calls(p: Any, works: list[Work]) -> Array:
     return np.asarray(calls)
 
 
-def _together(p: Any, device: Device, works: list[Work]) -> Array:
-    """Seconds of operations in a row. Compiled, those that only move tensors are fused; frozen weights have no gradient."""
-    spent = np.zeros_like(p.layers)
-    for work in works:
-        if work.products or work.chain is not None:
-            kept = np.where(p.frozen & (len(work.products) > 1), 0.5, 1.0)  # of two products, the input's gradient alone
-        else:
-            kept = np.where(p.compiled, device["fusion"], 1.0)
-        spent = spent + kept * device.seconds(work)
-    return np.asarray(spent)
-
-
-def _small_work(p: Any, device: Device) -> Array:
-    """Seconds of a block's forward pass besides matrix products and attention: what selective recomputation does again."""
-    small = [work for work in block_work(p, "forward") if work.kind.split(".")[0] not in ("matmul", "attention")]
-    return np.asarray(device["composition"] * _together(p, device, small))
-
-
-def _ends(p: Any, device: Device) -> dict[str, Array]:
+def _ends(p: Any, stage: str) -> list[Work]:
     """Embedding, last norm, head and loss on one micro-batch."""
     tokens, size = p.micro_batch * p.seq_len / p.cp, p.size
-    seconds = {}
-    for stage in ("forward", "backward"):
-        work = [moved("embedding", tokens * p.hidden / p.tp, size, stage), moved("norm", tokens * p.hidden / p.tp, size, stage)]
-        work += [matmul(tokens, p.vocab / p.tp, p.hidden, size, stage), moved("loss", tokens * p.vocab / p.tp, 4.0, stage)]
-        seconds[stage] = device["composition"] * _together(p, device, work)
-    return seconds
+    work = [moved("embedding", tokens * p.hidden / p.tp, size, stage), moved("norm", tokens * p.hidden / p.tp, size, stage)]
+    return [*work, matmul(tokens, p.vocab / p.tp, p.hidden, size, stage), moved("loss", tokens * p.vocab / p.tp, 4.0, stage)]
 
 
 def _accumulate(p: Any, device: Device) -> Array:
