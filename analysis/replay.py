@@ -16,7 +16,7 @@ from conf.arithmetic import flops_per_token
 from conf.plan import Mla, Model, Moe, Plan
 from conf.program import load
 from sim.kernels import Device, Product, Work, attention, rates
-from sim.memory import held, memory
+from sim.memory import USABLE, held, memory
 from sim.network import Network
 from sim.parallel import columns, predict
 
@@ -43,7 +43,6 @@ STEPS = (
 KERNELS = ("gpu", "op", "peak_tflops", "m", "n", "k", "seq", "heads", "qk_head_dim", "v_head_dim", "efficiency")
 COLLECTIVES = ("op", "gpu", "ranks", "nodes", "bytes", "time_us")
 DEEP = 61  # layers of the whole models that start with dense ones (DeepSeek-V2 has 60)
-FULL = 0.94  # of a device's memory that a run can use: the rest is the driver's, NCCL's, and holes
 _FABRIC = re.compile(r"(?:(\d+) ?x ?)?(\d+) ?Gb(?:/s|ps)? (?:RoCE|InfiniBand|inter-node)", re.IGNORECASE)
 
 
@@ -106,7 +105,7 @@ def _least(plans: list[Plan], unsaid: Any) -> list[Plan]:
     if not plans:
         return plans
     choices = [[plan.but(**{"train.recompute": how}) for plan in plans] for how in ("none", "selective", "full")]
-    room = np.array([FULL * plan.gpu.memory for plan in plans])
+    room = np.array([USABLE * plan.gpu.memory for plan in plans])
     needed = []
     for choice in choices:
         p = columns(choice)

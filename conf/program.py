@@ -6,7 +6,7 @@ A verb's own options are taken out first; what is left overrides the plan, which
 import importlib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten, wrap
 from typing import Any
@@ -91,7 +91,7 @@ def count(options: Mapping[str, str], name: str) -> int:
     return int(options[name])
 
 
-def load(overrides: Sequence[str], base: str = "") -> Plan:
+def load(overrides: Sequence[str], base: str = "", rules: Callable[[Plan], list[str]] = broken_rules) -> Plan:
     """The plan that the defaults, or the plan in the file `base`, and these overrides make.
 
     Raises Refused with every problem at once.
@@ -102,7 +102,7 @@ def load(overrides: Sequence[str], base: str = "") -> Plan:
         raise Refused(*found)
     values = _overlay(Path(base), overrides) if base else _compose(overrides)
     plan = build(Plan, values, "", found)
-    found += [] if plan is None else broken_rules(plan)
+    found += [] if plan is None else rules(plan)
     if found:
         raise Refused(*found)
     assert isinstance(plan, Plan)

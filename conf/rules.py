@@ -20,7 +20,12 @@ def get(plan: Any, key: str) -> Any:
 
 def problems(plan: Plan) -> list[str]:
     """Every rule that the plan breaks, one line each: key and value, rule, cure."""
-    return [*_values(plan), *_shapes(plan), *_pipeline(plan), *_experts(plan), *_mesh(plan), *_training(plan), *_world(plan), *_facts(plan)]
+    return [*meshless_problems(plan), *_pipeline(plan), *_experts(plan), *_mesh(plan)]
+
+
+def meshless_problems(plan: Plan) -> list[str]:
+    """The same for a plan whose mesh is still to be found."""
+    return [*_values(plan), *_shapes(plan), *_training(plan), *_world(plan), *_facts(plan)]
 
 
 def _values(plan: Plan) -> Iterator[str]:

@@ -11,6 +11,7 @@ from conf.errors import Refused
 from conf.plan import Plan
 from conf.program import count, explain, flag, load, run, split
 from conf.record import QUANTITIES, STATES, read_fact, summarise
+from conf.rules import meshless_problems
 from conf.sweep import expand, varied
 from conf.units import show
 from sim import whatif
@@ -28,6 +29,7 @@ foretold sim [options] [group=option] [key=value]   predict a plan
   foretold sim experiment=llama3_405b checkpoint.every=20   the same faults under another policy
   foretold sim experiment=llama3_405b vs="cluster.nodes=1024"   what if: both, the difference and its causes
   foretold sim -m experiment=llama3_405b cluster.nodes=512,1024,2048     a sweep; with fast=true in closed form, thousands of points
+  foretold sim search=true experiment=llama3_405b          the best meshes for its model, cluster and batch, and why
   foretold sim replicas=20                       twenty seeds: the median, with the 10th and 90th percentile
 """
 OPTIONS = {
@@ -35,6 +37,7 @@ OPTIONS = {
     "json": ("false", "print summary.json and nothing else"),
     "vs": ("", "overrides of a second plan, with blanks between: both columns, the difference and its causes"),
     "fast": ("false", "with -m: the runs in closed form instead of simulated lives, thousands of points in this process"),
+    "search": ("false", "the best mesh for the plan's model, cluster and batch; mesh.… words pin a choice"),
     "replicas": ("1", "lives to simulate, one a seed; the first writes the record"),
     "runs": ("runs", "folder of the records"),
 }
@@ -55,6 +58,8 @@ def main(args: list[str]) -> int:
     options, overrides = split(args, OPTIONS)
     if "-m" in overrides or "--multirun" in overrides:
         return many([word for word in overrides if word not in ("-m", "--multirun")], options)
+    if flag(options, "search"):
+        return best(overrides, options)
     quiet, lives = flag(options, "json"), count(options, "replicas")
     plan = load(overrides, options["plan"])
     if options["vs"]:
@@ -80,6 +85,22 @@ def many(overrides: list[str], options: Mapping[str, str]) -> int:
     else:
         print(f"{sweep.told(frame, varied(points))}\n\ntable: {path}\nnext:  foretold analysis sweep table={shlex.quote(str(path))}")
     return int(frame["problem"].notna().any())
+
+
+def best(overrides: list[str], options: Mapping[str, str]) -> int:
+    """Search for the best mesh; what the words say of it is kept."""
+    from sim import advice
+
+    pins, rest = advice.pinned(overrides)
+    plan = load(rest, options["plan"], meshless_problems)
+    told = advice.advise(plan, pins)
+    if flag(options, "json"):
+        print(json.dumps(told))
+        return 0
+    print(advice.page(plan, told))
+    again = [f"plan={options['plan']}"] * bool(options["plan"]) + rest
+    print(f"\nnext:   {shlex.join(['foretold', 'sim', *again, *advice.words(told['meshes'][0])])}")
+    return 0
 
 
 def words(text: str) -> list[str]:

@@ -11,6 +11,8 @@ import numpy as np
 from conf.arithmetic import embedding_parameters, expert_layers, layers_parameters, parameters, query_width, routed_parameters, value_width
 from sim.kernels import Array
 
+USABLE = 0.94  # of a device's memory that a run can use: the rest is the driver's, NCCL's, and holes
+
 
 @dataclass(frozen=True)
 class Memory:

@@ -127,6 +127,12 @@ def predict(p: Any, device: Device, network: Network) -> Steps:
     return Steps(*np.broadcast_arrays(*map(np.atleast_1d, told)))
 
 
+def kernels_alone(p: Any, device: Device) -> Array:
+    """Seconds that the busiest stage's blocks need in a step: no mesh with these kernels is faster."""
+    spent = _spent(p, device)
+    return np.asarray(p.crowd * p.accumulation * _layers_a_stage(p) * (spent["forward"] + spent["backward"]))
+
+
 def _exposed(p: Any, device: Device, network: Network, layers: Array, window: Array) -> Array:
     """Traffic of data parallelism that the rank waits for.
 
