@@ -78,6 +78,11 @@ class Value(NamedTuple):
     low: float | None = None
     high: float | None = None
 
+    def between(self, low: float, high: float) -> "Value":
+        """The same with a band that reaches to so many times its value, or that widens the band it has."""
+        least, most = (self.value if end is None else end for end in (self.low, self.high))
+        return Value(self.value, low * least, high * most)
+
 
 def read_fact(text: str, unit: str) -> tuple[str, float]:
     """A published value: its relation (=, < or >) and the number in `unit`; plain numbers are counts and shares.

@@ -15,9 +15,10 @@ from conf.rules import meshless_problems
 from conf.sweep import expand, varied
 from conf.units import show
 from sim import whatif
+from sim.expect import banded
 from sim.kernels import rates
 from sim.life import live
-from sim.pretrain import pace
+from sim.pretrain import pace, uncertain
 from sim.story import tell
 from sim.summary import spread, summary
 
@@ -128,9 +129,10 @@ def predict(plan: Plan, folder: Path, lives: int = 1) -> dict[str, Any]:
     """Simulate, write the record, return the summary."""
     step, speed = pace(plan), rates(plan)
     first = live(plan, plan.seed, step, speed)
-    told = [summary(first)] + [summary(live(plan, plan.seed + i, step, speed)) for i in range(1, lives)]
+    others = enumerate(uncertain(plan, lives - 1), 1)
+    told = [summary(first)] + [summary(live(plan, plan.seed + i, step.slowed(factor), speed)) for i, factor in others]
     tell(first, folder)
-    return summarise(folder, plan.id, "sim", spread(told))
+    return summarise(folder, plan.id, "sim", spread(told) if lives > 1 else banded(plan, step, told[0]))
 
 
 def misfit(plan: Plan, told: Mapping[str, Any]) -> str:
@@ -168,8 +170,8 @@ def _words(name: str) -> str:
 def _shown(quantity: Mapping[str, Any]) -> str:
     value, unit, low, high = (quantity[key] for key in ("value", "unit", "low", "high"))
     told = "1" if unit in ("count", "1/s", "h") else unit  # the words say it
-    band = "" if low is None or low == high else f"   {show(low, told)} … {show(high, told)}"
-    return show(value, told) + band
+    shown, *ends = (show(number, told) for number in (value, low, high) if number is not None)
+    return shown + (f"   {' … '.join(ends)}" if set(ends) - {shown} else "")
 
 
 def _published(plan: Plan, name: str) -> str:

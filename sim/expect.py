@@ -10,9 +10,11 @@ stages.
 """
 
 import math
+from collections.abc import Mapping
 
 from conf.arithmetic import flops_per_token, state_bytes
 from conf.plan import Plan
+from conf.record import Value
 from sim.failures import population, rate
 from sim.kernels import rates
 from sim.power import Meter
@@ -20,6 +22,7 @@ from sim.pretrain import Pace
 from sim.summary import loss
 
 HOUR = 3600.0
+EIGHTY = 1.2816  # standard deviations on either side of the mean that hold 80% of a normal distribution
 
 
 def expected(plan: Plan, pace: Pace) -> dict[str, float]:
@@ -43,6 +46,18 @@ def expected(plan: Plan, pace: Pace) -> dict[str, float]:
     if plan.law.name != "none" and tokens:
         told["pretrain.final_loss"] = loss(plan, tokens)
     return told | _drawn(plan, pace, wall, steps=up * work / (work + pause))
+
+
+def banded(plan: Plan, pace: Pace, told: Mapping[str, Value]) -> dict[str, Value]:
+    """Quantities of one life with the 10th and 90th percentile that the step model's error leaves them.
+
+    The life is not lived again: what a slower or faster step does to a quantity is what it does to its mean.
+    """
+    fast, slow = (math.exp(side * EIGHTY * plan.gpu.error) for side in (-1, 1))
+    usual, *sides = (expected(plan, pace.slowed(factor)) for factor in (1.0, fast, slow))
+    shares = {name: sorted(side.get(name, 0.0) / mean for side in sides) for name, mean in usual.items() if mean}
+    bands = {name: share for name, share in shares.items() if share[0] < share[1]}
+    return {name: value.between(*bands[name]) if name in bands else value for name, value in told.items()}
 
 
 def useful(falls: float, work: float, pause: float, down: float) -> float:

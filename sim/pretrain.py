@@ -6,7 +6,8 @@ when a fault strikes on the way, the distance walked follows from the pace.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 import simpy
@@ -39,6 +40,11 @@ class Pace:
         """Mean time of a step over the run [s]."""
         return self.step_time * self.fullness
 
+    def slowed(self, factor: float) -> "Pace":
+        """The same step, so many times as long."""
+        mfu, rate = self.mfu / factor, self.tokens_per_s / factor
+        return replace(self, step_time=self.step_time * factor, evaluate=self.evaluate * factor, mfu=mfu, tokens_per_s=rate)
+
 
 def paces(plans: Sequence[Plan]) -> list[Pace]:
     """The step model's answer for each plan."""
@@ -62,6 +68,13 @@ def _fullness(plan: Plan) -> float:
 def pace(plan: Plan) -> Pace:
     """The step model's answer for one plan."""
     return paces([plan])[0]
+
+
+def uncertain(plan: Plan, lives: int) -> list[float]:
+    """How many times as long as predicted the steps of some lives may be: spread evenly over the step model's error, in an
+    order that has nothing to do with the lives' faults."""
+    even = [NormalDist(0.0, 1.0).inv_cdf((i + 0.5) / lives) for i in range(lives)]
+    return [math.exp(plan.gpu.error * deviation) for deviation in np.random.default_rng(plan.seed).permutation(even)]
 
 
 class Pretraining:

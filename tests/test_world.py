@@ -14,11 +14,12 @@ from conf.plan import Cause, Plan
 from conf.program import from_yaml, load, main
 from conf.record import QUANTITIES, read, state_totals
 from sim.cluster import World
+from sim.expect import banded
 from sim.failures import Fault, faults
 from sim.kernels import Rates, rates
 from sim.life import History, live
 from sim.power import carbon
-from sim.pretrain import Pace, Pretraining, pace
+from sim.pretrain import Pace, Pretraining, pace, uncertain
 from sim.story import tell
 from sim.summary import spread, summary
 
@@ -317,3 +318,28 @@ def test_the_command_speaks_to_a_person(tmp_path, capsys) -> None:
     assert main(["sim", "--help"]) == 0 and "replicas" in capsys.readouterr().out
     assert main(["sim", "--help", "cluster"]) == 0 and "cluster.spares" in capsys.readouterr().out
     assert main(["sim", "replicas=0"]) == 2 and "replicas=0" in capsys.readouterr().err
+
+
+def test_the_error_of_the_step_model_reaches_every_quantity_that_it_moves():
+    plan = load(["experiment=llama3_405b"])
+    step = pace(plan)
+    told = summary(live(plan, plan.seed, step))
+    bands = banded(plan, step, told)
+    width = math.exp(1.2816 * plan.gpu.error)
+    step_time, tokens, memory = (bands[name] for name in ("pretrain.step_time", "run.tokens", "pretrain.peak_memory"))
+    assert step_time == pytest.approx((step.step_time, step.step_time / width, step.step_time * width))
+    assert tokens.high / tokens.value == pytest.approx(width, rel=0.05)  # 54 days hold fewer of longer steps
+    assert memory.low is None and bands["run.cost"].low == told["run.cost"].low  # the days are given, and so is their price
+    fixed = plan.but(train=plan.train.but(steps=100_000, stop_after=None))
+    wall = banded(fixed, step, summary(live(fixed, plan.seed, step)))["run.wall_clock"]
+    assert wall.high / wall.value == pytest.approx(width, rel=0.05)
+    sure = plan.but(gpu=plan.gpu.but(error=0.0))
+    assert banded(sure, step, told) == told
+
+
+def test_lives_spread_over_the_step_models_error():
+    plan = load(["experiment=llama3_405b"])
+    factors = np.log(uncertain(plan, 1001)) / plan.gpu.error
+    assert np.mean(factors) == pytest.approx(0, abs=1e-9) and np.std(factors) == pytest.approx(1, rel=0.01)
+    assert np.quantile(factors, 0.9) == pytest.approx(1.2816, rel=0.01)
+    assert abs(np.corrcoef(factors, np.arange(1001))[0, 1]) < 0.1 and uncertain(plan, 0) == []
