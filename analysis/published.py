@@ -6,6 +6,7 @@ times of collectives. A row that cannot be predicted is told with its reason.
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,17 @@ import pandas as pd
 from analysis import replay
 from analysis.compare import columns as aligned
 from conf.errors import Refused
-from conf.files import write
+from conf.files import commit, write
 from conf.program import flag
 
 OPTIONS = {
-    "table": ("", "CSV file of measured rows"),
+    "table": ("step_time", "CSV file of measured rows, or the name of one that ships: step_time"),
     "out": ("", "CSV file to write: id, published, predicted, error"),
+    "figure": ("", "PNG file to write: predicted against published"),
     "json": ("false", "print one JSON object instead of a table"),
 }
 FIGURES = ("mean_abs_pct", "median_abs_pct", "p95_abs_pct", "bias_pct", "coverage_80", "baseline_mean_abs_pct", "baseline_median_abs_pct")
+FACTS = Path(__file__).parent / "facts"
 BAND = 1.2816  # standard deviations within which 80% of a normal distribution lie
 
 
@@ -47,9 +50,7 @@ def published(options: Mapping[str, str]) -> int:
 
     Raises Refused for a file that is no table, or one of no known kind.
     """
-    if not options["table"]:
-        raise Refused("table= names no file; write foretold analysis published table=FILE")
-    frame = read(Path(options["table"]))
+    frame = read(place(options["table"]))
     name = recognise(frame, options["table"])
     rows, failed, memory = replayed(frame, KINDS[name])
     told = {"table": name, "rows": len(frame), **scores(rows)}
@@ -60,8 +61,21 @@ def published(options: Mapping[str, str]) -> int:
     told["failed"] = failed
     if options["out"]:
         write(Path(options["out"]), rows[["id", "published", "predicted", "error"]].to_csv(index=False))
+    if options["figure"]:
+        draw(rows, KINDS[name].measured, Path(options["figure"]))
     print(json.dumps(told) if flag(options, "json") else page(told))
     return 0
+
+
+def place(table: str) -> Path:
+    """A file as named, or a table that ships.
+
+    Raises Refused for neither.
+    """
+    shipped = FACTS / f"{table}.csv"
+    if Path(table).is_file() or not shipped.is_file():
+        return Path(table)
+    return shipped
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -144,6 +158,33 @@ def baseline(rows: pd.DataFrame) -> pd.Series:
     """What one constant would say: published = constant × ideal, the median constant of each class of these very rows."""
     constant = (rows["published"] / rows["ideal"]).groupby(rows["class"]).transform("median")
     return constant * rows["ideal"]
+
+
+def draw(rows: pd.DataFrame, measured: str, out: Path) -> None:
+    """Every row as a point, coloured by group, around the diagonal and the bands of 10 and 25%.
+
+    Raises Refused when there is nothing to draw.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    if rows.empty:
+        raise Refused("no row of this table could be predicted; there is nothing to draw")
+    figure = Figure(figsize=(7.2, 5.2), layout="constrained", dpi=150)
+    axes: Any = figure.subplots()
+    ends = np.array([rows[["published", "predicted"]].min().min() / 1.3, rows[["published", "predicted"]].max().max() * 1.3])
+    for share, shade in ((0.25, 0.08), (0.10, 0.14)):
+        axes.fill_between(
+            ends, ends * (1 - share), ends * (1 + share), color="black", alpha=shade, linewidth=0, label=f"within {share:.0%}"
+        )
+    colours = colormaps["tab10" if rows["group"].nunique() <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    for (group, part), colour in zip(rows.groupby("group", sort=True), cycle(colours), strict=False):
+        axes.scatter(part["published"], part["predicted"], s=12, color=colour, alpha=0.75, linewidth=0, label=f"{group} ({len(part)})")
+    axes.set(
+        xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel=f"published {measured}", ylabel=f"predicted {measured}", aspect="equal"
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    commit(out, lambda temporary: figure.savefig(temporary, format="png", bbox_inches="tight"))
 
 
 def page(told: Mapping[str, Any]) -> str:

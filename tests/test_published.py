@@ -1,12 +1,13 @@
 """Tables of published measurements: rows become plans, errors are told, nothing is dropped in silence; kernels and their tiles."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.published import read, scores
+from analysis.published import FACTS, read, scores
 from analysis.replay import Unplayable, fabric, kernel, plan_of, steps_of, zero_stage
 from conf.errors import Refused
 from conf.program import load
@@ -133,6 +134,27 @@ def test_what_is_no_table_is_refused(tmp_path, text, said, foretold):
     (tmp_path / "t.csv").write_text(text)
     status, _, error = foretold("analysis", "published", f"table={tmp_path / 't.csv'}")
     assert status != 0 and said in error and len(error.strip().splitlines()) == 1
+
+
+def test_the_facts_that_ship_are_predicted_and_drawn(tmp_path, foretold):
+    status, text, _ = foretold("analysis", "published", f"figure={tmp_path / 'f.png'}", "json=true")
+    told = json.loads(text)
+    assert status == 0 and told["table"] == "step_time" and told["predicted"] == told["rows"] == 634
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_in_the_readme_is_what_the_command_prints(foretold):
+    page = foretold("analysis", "published")[1].strip()
+    assert page in (Path(__file__).parents[1] / "README.md").read_text(), (
+        "run: foretold analysis published, and put its output into README.md"
+    )
+
+
+@TABLED
+def test_the_facts_that_ship_are_those_that_were_compiled():
+    for path in sorted(FACTS.glob("*.csv")):
+        compiled = pd.read_csv(TABLES / path.name)
+        pd.testing.assert_frame_equal(pd.read_csv(path), compiled[[name for name in compiled if not name.endswith(".1")]])
 
 
 def test_no_table_is_refused():
