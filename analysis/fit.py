@@ -85,7 +85,7 @@ class Rows(NamedTuple):
 
     def predicted(self, values: Mapping[str, float]) -> Array:
         """Seconds of every row with these parameters."""
-        keys = [(plan.gpu.name, plan.train.precision, plan.train.compile) for plan in self.plans]
+        keys = [(plan.gpu.name, plan.train.precision, plan.train.compile, plan.power.cap) for plan in self.plans]
         distinct = dict(zip(keys, self.plans, strict=True))
         order = {key: place for place, key in enumerate(distinct)}
         device = Device([rates(plan.but(gpu=plan.gpu.but(**values))) for plan in distinct.values()])

@@ -43,6 +43,7 @@ STEPS = (
 KERNELS = ("gpu", "op", "peak_tflops", "m", "n", "k", "seq", "heads", "qk_head_dim", "v_head_dim", "efficiency")
 COLLECTIVES = ("op", "gpu", "ranks", "nodes", "bytes", "time_us")
 DEEP = 61  # layers of the whole models that start with dense ones (DeepSeek-V2 has 60)
+_CAP = re.compile(r"(?:cap|limit)\w*[^;,.]{0,16}?(\d{3,4}) ?W\b|(\d{3,4}) ?W\b[^;,.]{0,16}?(?:cap|limit)", re.IGNORECASE)
 _FABRIC = re.compile(r"(?:(\d+) ?x ?)?(\d+) ?Gb(?:/s|ps)? (?:RoCE|InfiniBand|inter-node)", re.IGNORECASE)
 
 
@@ -209,6 +210,12 @@ def fabric(notes: str, gpus_per_node: int) -> float | None:
     return int(found[1] or 1) * int(found[2]) * 1e9 / gpus_per_node if found else None
 
 
+def power_cap(text: str) -> float | None:
+    """Watts to which each device was limited, where a row tells."""
+    found = _CAP.search(text)
+    return float(found[1] or found[2]) if found else None
+
+
 def plan_of(row: Mapping[str, Any]) -> Plan:
     """The plan of a row.
 
@@ -229,12 +236,15 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
     cluster = base.cluster.but(nodes=-(-sizes["num_gpus"] // per_node), gpus_per_node=per_node)
     if nic := fabric(str(row.get("notes", "")), _count(row, "gpus_per_node")):
         cluster = cluster.but(nic_bandwidth=nic)
+    cap = power_cap(f"{row['gpu']} {row.get('notes', '')}")
+    power = base.power.but(cap=cap if cap and cap < base.gpu.max_power else None)
     said = str(row.get("zero_stage_or_fsdp", ""))
     stage, batch = zero_stage(said), sizes["global_batch_seqs"]
     fused = stage < 2 or _count(row, "compile", 0) > 0 or re.search("jax|pax", said, re.IGNORECASE) is not None
     return base.but(
         model=model_of(row),
         cluster=cluster,
+        power=power,
         mesh=base.mesh.but(dp_replicate=1, dp_shard=sizes["dp"], cp=sizes["cp"], tp=sizes["tp"], pp=sizes["pp"], vpp=sizes["vpp"],
                            ep=_count(row, "ep", 1), zero=stage),
         train=base.train.but(precision=precision, seq_len=sizes["seq_len"], global_batch=batch, compile=fused,

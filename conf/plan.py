@@ -67,6 +67,8 @@ class Gpu(Node):
     error: float = say("standard deviation of log(predicted / measured) step time on sources left out of the fit", 0.25, must=NOT_NEGATIVE)
     idle_power: Watts = say("power of the idle device", must=NOT_NEGATIVE)
     max_power: Watts = say("power limit of the device")
+    cap_static: float = say("power that does no arithmetic, as a share of the limit: what a lower cap cannot take away", 0.13, must=SHARE)
+    cap_exponent: float = say("power of arithmetic grows with its rate to this exponent", 1.71, must=POSITIVE)
     source: str = say("where the numbers come from")
 
     def peak(self, precision: str) -> float | None:
@@ -312,6 +314,7 @@ class Power(Node):
     communication: float = say("share while waiting for a collective (NCCL spins)", must=SHARE)
     bubble: float = say("share in a pipeline bubble", must=SHARE)
     other: float = say("share in every other state", must=SHARE)
+    cap: Optional[Watts] = say("power limit set on every device, which slows its arithmetic; null = the device's own", None, must=POSITIVE)
     host: Watts = say("power of a server without its devices", must=NOT_NEGATIVE)
     pue: float = say("power usage effectiveness of the building")
     source: str = say("where the numbers come from")

@@ -10,6 +10,7 @@ from conf.errors import nearest
 from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, leaves
 from conf.plan import SCHEDULES, Plan
 from conf.record import QUANTITIES, read_fact
+from conf.units import show
 
 
 def get(plan: Any, key: str) -> Any:
@@ -169,6 +170,11 @@ def _world(plan: Plan) -> Iterator[str]:
         yield f"price.gpu_hours has no price for {plan.gpu.name}; {cure}"
     if plan.gpu.name not in plan.price.embodied:
         yield f"price.embodied has no value for {plan.gpu.name}; add price.embodied.{plan.gpu.name}"
+    gpu, cap = plan.gpu, plan.power.cap
+    least = max(gpu.idle_power, gpu.cap_static * gpu.max_power)
+    if cap is not None and not least < cap <= gpu.max_power:
+        bounds = f"above {show(least, 'W')}, which {gpu.name} draws without arithmetic, and not above its limit, {show(gpu.max_power, 'W')}"
+        yield f"power.cap={show(cap, 'W')} must lie {bounds}"
     if plan.power.pue < 1:
         yield f"power.pue={plan.power.pue} must be at least 1: a building uses what its servers use"
     profile = plan.grid.profile

@@ -49,8 +49,9 @@ class Meter:
         return power.pue * (self._devices(share) + spares + (cluster.nodes + cluster.spares) * power.host)
 
     def _devices(self, share: float) -> float:
-        gpu = self.plan.gpu
-        return self.plan.ranks * (gpu.idle_power + share * (gpu.max_power - gpu.idle_power))
+        gpu, cap = self.plan.gpu, self.plan.power.cap
+        natural = gpu.idle_power + share * (gpu.max_power - gpu.idle_power)
+        return self.plan.ranks * (natural if cap is None else min(cap, natural))
 
     def devices(self, seconds: Mapping[str, float]) -> float:
         """Energy of the job's devices alone over rank-seconds by state [J]."""

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from analysis.published import FACTS, read, scores
-from analysis.replay import Unplayable, fabric, kernel, plan_of, steps_of, zero_stage
+from analysis.replay import Unplayable, fabric, kernel, plan_of, power_cap, steps_of, zero_stage
 from conf.errors import Refused
 from conf.program import load
 from sim.kernels import Device, Product, Work, matmul, rates
@@ -34,6 +34,8 @@ def test_a_row_is_the_plan_that_it_says():
     assert (plan.accumulation, plan.train.compile, plan.model.tied) == (16, True, False)
     assert [zero_stage(text) for text in ("none", "1 (zero1=-1)", "SHARD_GRAD_OP", "FULL_SHARD", "FSDP (JAX)")] == [0, 1, 2, 3, 3]
     assert fabric("4x100Gb RoCE per node", 8) == 50e9 and fabric("fabric 800 Gb/s RoCE", 8) == 100e9 and fabric("Selene", 8) is None
+    assert power_cap("GPUs power-capped at 500 W; torch 2.6") == power_cap("500W cap") == 500 and power_cap("700 W board") is None
+    assert plan_of(ROW | {"notes": "power limit of 500 W"}).power.cap == 500 and plan_of(ROW | {"notes": "limit 700 W"}).power.cap is None
     cut = plan_of(ROW | {"model": "deepseek-v3-4layer", "layers": 4, "experts": 256, "top_k": 8, "moe_ffn": 2048})
     assert (cut.model.moe.shared, cut.model.moe.dense_layers, cut.model.mla.kv_rank) == (1, 1, 512)
 

@@ -2,9 +2,12 @@
 
 import pytest
 
+from conf.errors import Refused
 from conf.program import load
+from sim.kernels import rates, throttle
 from sim.life import live
 from sim.parallel import steps
+from sim.power import Meter
 
 
 def predicted(*words: str):
@@ -49,3 +52,22 @@ def test_a_growing_batch_shortens_the_run_and_counts_its_tokens():
     assert share == pytest.approx((20 + 20 * 2 + 20 * 3 + 40 * 4) / 400)
     spent = [sum(h.timeline.states().get(name, 0.0) for name in ("compute", "optimizer")) for h in histories]
     assert spent[1] / spent[0] == pytest.approx(share, rel=0.02)
+
+
+def test_a_power_cap_slows_arithmetic_alone_and_bounds_the_draw():
+    plan = load(["experiment=llama3_405b"])
+    capped = [plan.but(power=plan.power.but(cap=watts)) for watts in (300.0, 500.0, 600.0, 669.0, 700.0)]
+    clocks = [throttle(one) for one in capped]
+    assert clocks == sorted(clocks) and clocks[-1] == 1.0 and throttle(plan) == 1.0
+    assert clocks[1] == pytest.approx(((500 - 91) / (670 - 91)) ** (1 / 1.71))  # 0.13 and 0.95 of the way from 100 to 700 W
+    slow, usual = rates(capped[1]), rates(plan)
+    assert slow.rate["matmul.forward"] == pytest.approx(clocks[1] * usual.rate["matmul.forward"])
+    assert slow.bandwidth == usual.bandwidth and slow.link == usual.link
+    meter, free = (Meter(one, {"compute": 1.0}) for one in (capped[1], plan))
+    assert free.table["compute"] - meter.table["compute"] == pytest.approx(plan.power.pue * plan.ranks * (670 - 500))
+    assert free.table["bubble"] == meter.table["bubble"]
+
+
+def test_an_impossible_cap_is_refused():
+    with pytest.raises(Refused, match=r"power\.cap=50 W must lie above 100 W, which h100-sxm draws without arithmetic"):
+        load(["experiment=llama3_405b", "power.cap=50 W"])
