@@ -7,7 +7,7 @@ with ρ the soft L1 loss and as much weight for a large source as for one of FUL
 speaks of keeps its prior. Every source is then left out in turn and predicted with the parameters of the others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from scipy.optimize import least_squares
 
 from analysis import replay
 from analysis.compare import columns as aligned
-from analysis.published import KINDS, read, recognise
+from analysis.published import BAND, KINDS, read, recognise
 from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
@@ -51,12 +51,12 @@ PRIORS = {
     "gemm_depth": Prior(130.0, 0.5),
     "gemm_half": Prior(7.0, 0.5),
     "grouped_efficiency": Prior(0.85, 0.2),
+    "early_gemm": Prior((1.0, 1.0, 0.9, 0.9, 0.9), 0.1),
     "attention_efficiency": Prior(0.75, 0.2),
     "attention_backward": Prior(0.65, 0.2),
     "eager_attention": Prior((0.7, 0.7, 0.5, 0.5, 0.5), 0.2),  # FlashAttention-2 on an H100: 0.35 of the peak, -3: 0.75 (Shah et al. 2024)
     "memory_efficiency": Prior(0.82, 0.08),
-    "fusion": Prior(0.65, 0.2),
-    "host_launch": Prior(25e-6, 0.7),
+    "host_launch": Prior((45e-6, 45e-6, 45e-6, 30e-6, 30e-6), 0.4),
     "link_efficiency": Prior(0.80, 0.1),
     "nic_efficiency": Prior(0.80, 0.2),
     "slowdown": Prior(0.30, 0.5),
@@ -72,20 +72,21 @@ class Rows(NamedTuple):
     network: Network | None
     groups: Array
     measured: Array
+    table: str
 
     def of(self, which: Array) -> "Rows":
         """The rows where `which` holds."""
         index = np.flatnonzero(which)
         plans = [self.plans[i] for i in index]
         if not plans:
-            return Rows([], None, None, self.groups[index], self.measured[index])
+            return Rows([], None, None, self.groups[index], self.measured[index], self.table)
         if self.network is None:
-            return Rows(plans, [self.numbers[i] for i in index], None, self.groups[index], self.measured[index])
-        return _steps(plans, self.numbers.frozen[index], self.groups[index], self.measured[index])
+            return Rows(plans, [self.numbers[i] for i in index], None, self.groups[index], self.measured[index], self.table)
+        return _steps(plans, self.numbers.frozen[index], self.groups[index], self.measured[index], self.table)
 
     def predicted(self, values: Mapping[str, float]) -> Array:
         """Seconds of every row with these parameters."""
-        keys = [(plan.gpu.name, plan.train.precision, plan.train.compile, plan.power.cap) for plan in self.plans]
+        keys = [(plan.gpu.name, plan.train.precision, plan.train.compile, plan.power.cap, plan.gpu.early) for plan in self.plans]
         distinct = dict(zip(keys, self.plans, strict=True))
         order = {key: place for place, key in enumerate(distinct)}
         device = Device([rates(plan.but(gpu=plan.gpu.but(**values))) for plan in distinct.values()])
@@ -106,17 +107,17 @@ def fit(options: Mapping[str, str]) -> int:
     if not options["tables"]:
         raise Refused("tables= names no file; write foretold analysis fit tables=FILE,FILE")
     sets = [rows_of(Path(name)) for name in options["tables"].split(",")]
-    found, left = [], []
+    found, left = [], list[pd.DataFrame]()
     for family, gpus in FAMILIES.items():
         mine = [rows.of(np.array([plan.gpu.name in gpus for plan in rows.plans])) for rows in sets]
         mine = [rows for rows in mine if rows.plans]
         if mine:
             values, errors = solved(family, mine)
             found += [(family, name, values[name], errors[name]) for name in PRIORS]
-            left += _left_out(family, mine, values)
+            left.append(_left_out(family, mine, values))
     parameters = pd.DataFrame(found, columns=["family", "parameter", "value", "standard_error"])
     print("\n".join(aligned([("family", "parameter", "value", "± relative"), *((f, n, f"{v:.4g}", f"{e:.2f}") for f, n, v, e in found)])))
-    print("\n" + "\n".join(aligned([("family", "left out", "rows", "mean %", "median %", "bias %"), *left])))
+    print("\n".join(_told(pd.concat(left, ignore_index=True))))
     if options["out"]:
         write(Path(options["out"]), parameters.to_csv(index=False))
     return 0
@@ -133,7 +134,7 @@ def rows_of(path: Path) -> Rows:
     frame, measured = frame[measured > 0], measured[measured > 0]
     if name == "step_time":
         plans, frozen, index = replay.plans_of(frame)
-        return _steps(plans, frozen, frame["group"][index].to_numpy(), measured[index].to_numpy())
+        return _steps(plans, frozen, frame["group"][index].to_numpy(), measured[index].to_numpy(), path.stem)
     if name != "kernel_efficiency":
         raise Refused(f"tables={path} is a table of {name}; fit takes step_time and kernel_efficiency")
     plans, works, seconds = [], [], []
@@ -142,7 +143,7 @@ def rows_of(path: Path) -> Rows:
         plans.append(replay.kernel_plan(row))
         works.append(work)
         seconds.append(flops / (share * float(row["peak_tflops"]) * 1e12))
-    return Rows(plans, works, None, np.array([f"kernels {gpu}" for gpu in frame["gpu"]]), np.array(seconds))
+    return Rows(plans, works, None, np.array([f"kernels {gpu}" for gpu in frame["gpu"]]), np.array(seconds), path.stem)
 
 
 def solved(family: str, sets: list[Rows], start: Mapping[str, float] | None = None) -> tuple[dict[str, float], dict[str, float]]:
@@ -173,17 +174,33 @@ def solved(family: str, sets: list[Rows], start: Mapping[str, float] | None = No
     return dict(zip(PRIORS, np.exp(result.x).tolist(), strict=True)), dict(zip(PRIORS, error.tolist(), strict=True))
 
 
-def _left_out(family: str, sets: list[Rows], start: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """The errors of every source with the parameters of the others."""
-    told: list[tuple[str, ...]] = []
+def _left_out(family: str, sets: list[Rows], start: Mapping[str, float]) -> pd.DataFrame:
+    """Every row predicted with the parameters of the other sources: family, source, kind, error, and the band's half width."""
+    told = []
     for group in sorted({str(group) for rows in sets for group in rows.groups}):
         others = [kept for rows in sets if (kept := rows.of(rows.groups != group)).plans]
         values, _ = solved(family, others, start) if others else (_prior(family), {})
-        tried = [out for rows in sets if (out := rows.of(rows.groups == group)).plans]
-        error = 100 * (np.concatenate([rows.predicted(values) / rows.measured for rows in tried]) - 1)
-        size = np.abs(error)
-        told.append((family, group, str(len(error)), f"{size.mean():.1f}", f"{np.median(size):.1f}", f"{error.mean():+.1f}"))
-    return told
+        for rows in (out for rows in sets if (out := rows.of(rows.groups == group)).plans):
+            experts = [rows.network is not None and plan.model.moe.experts for plan in rows.plans]
+            kinds = [f"{rows.table}{', mixtures' if some else ''}" for some in experts]
+            wide = [BAND * plan.gpu.error for plan in rows.plans]
+            error = rows.predicted(values) / rows.measured - 1
+            told.append(pd.DataFrame({"family": family, "source": group, "kind": kinds, "error": error, "wide": wide}))
+    return pd.concat(told)
+
+
+def _told(left: pd.DataFrame) -> Iterator[str]:
+    """Errors on sources left out, each and together."""
+    head = ("left out", "rows", "mean %", "median %", "95th pct", "bias %", "80% band")
+    parts = {f"{family} {source}": part for (family, source), part in left.groupby(["family", "source"], sort=False)}
+    parts |= {f"all of {kind}": part for kind, part in left.groupby("kind")}
+    yield ""
+    lines = []
+    for name, part in parts.items():
+        size, held = 100 * part["error"].abs(), np.log1p(part["error"]).abs() <= part["wide"]
+        figures = [f"{figure:.1f}" for figure in (size.mean(), size.median(), size.quantile(0.95))]
+        lines.append((name, str(len(part)), *figures, f"{100 * part['error'].mean():+.1f}", f"{held.mean():.0%}"))
+    yield from aligned([head, *lines])
 
 
 def _prior(family: str) -> dict[str, float]:
@@ -197,9 +214,9 @@ def _weights(groups: Array) -> Array:
     return np.asarray(np.minimum(1.0, np.sqrt(FULL / sizes)))
 
 
-def _steps(plans: list[Plan], frozen: Array, groups: Any, measured: Any) -> Rows:
+def _steps(plans: list[Plan], frozen: Array, groups: Any, measured: Any, table: str) -> Rows:
     p, network = replay.arrays(plans, frozen)
-    return Rows(plans, p, network, np.asarray(groups), np.asarray(measured))
+    return Rows(plans, p, network, np.asarray(groups), np.asarray(measured), table)
 
 
 def _kernel_seconds(device: Device, works: list[Work]) -> Array:

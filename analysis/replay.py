@@ -241,7 +241,9 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
     said = str(row.get("zero_stage_or_fsdp", ""))
     stage, batch = zero_stage(said), sizes["global_batch_seqs"]
     fused = stage < 2 or _count(row, "compile", 0) > 0 or re.search("jax|pax", said, re.IGNORECASE) is not None
+    early = re.match("FULL_SHARD|SHARD_GRAD_OP|HYBRID_SHARD", said) is not None  # the names of torch's first FSDP, of 2022 and 2023
     return base.but(
+        gpu=base.gpu.but(early=early),
         model=model_of(row),
         cluster=cluster,
         power=power,

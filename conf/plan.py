@@ -46,6 +46,8 @@ class Gpu(Node):
     gemm_depth: float = say("depth of a matrix product that filling and draining a tile costs, in elements of k", 0.0, must=NOT_NEGATIVE)
     gemm_half: float = say("intensity a b / (a + b) of an a × b tile at which it runs at half of an endless one's rate", 0.0,
                            must=NOT_NEGATIVE)  # fmt: skip
+    early: bool = say("whether its libraries are those of its first year, as CUDA 11.8 was for Hopper", False)
+    early_gemm: float = say("rate of matrix products by such libraries over that by mature ones", 1.0, must=POSITIVE)
     grouped_efficiency: float = say("rate of grouped matrix products over that of single ones", 1.0, must=POSITIVE)
     attention_efficiency: float = say("rate of the attention kernel, forward, as a fraction of a large matrix product's", must=POSITIVE)
     attention_backward: float = say("the same, backward", must=POSITIVE)
@@ -53,10 +55,10 @@ class Gpu(Node):
     launch: Seconds = say("smallest time of a kernel", must=NOT_NEGATIVE)
     host_launch: Seconds = say("time of the host to launch a kernel; many small ones wait for it", must=NOT_NEGATIVE)
     overlap: float = say("share of the memory traffic of a kernel hidden behind its arithmetic, 0 to 1", must=SHARE)
-    fusion: float = say("time of operations that only move tensors once compiled, over that in eager code", 1.0, must=POSITIVE)
     eager_attention: float = say("rate of torch's own attention kernel over that of the best one", 1.0, must=POSITIVE)
     tensor_overlap: float = say("share of tensor-parallel traffic hidden behind the matrix products around it, in fused code", 0.0,
                                 must=SHARE)  # fmt: skip
+    spread: float = say("standard deviation of speed among devices of the kind; a step waits for the slowest", 0.01, must=NOT_NEGATIVE)
     slowdown: float = say("time that a collective beside kernels takes from them, as a share of its own", 0.0, must=NOT_NEGATIVE)
     link_bandwidth: BitRate = say("bandwidth to the other devices of its domain (NVLink), per direction", must=POSITIVE)
     link_efficiency: float = say("fraction of that bandwidth that collectives reach", 1.0, must=POSITIVE)

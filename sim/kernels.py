@@ -43,6 +43,13 @@ TRAFFIC = {
     "embedding.forward": (1, 2), "embedding.backward": (2, 3),
     "optimizer.step": (0, 8),
 }  # fmt: skip
+# tensor passes of the same in fused kernels: what must be read and written once; of scores with dropout and its mask, which the
+# code had that kept them
+FUSED = {
+    "norm.forward": 2, "norm.backward": 3, "rotary.forward": 2, "rotary.backward": 2, "swiglu.forward": 3, "swiglu.backward": 5,
+    "gelu.forward": 2, "gelu.backward": 3, "scores.forward": 6.5, "scores.backward": 9.5, "permute.forward": 2, "permute.backward": 2,
+    "loss.forward": 2, "loss.backward": 2,
+}  # fmt: skip
 KINDS = (*(f"{kind}.{stage}" for kind in ("matmul", "attention") for stage in ("forward", "backward")), *TRAFFIC)
 
 
@@ -62,8 +69,8 @@ class Rates:
     composition: float  # time of operations in a row over the sum of their times alone
     glue: float  # s that a block's forward or backward takes besides its operations
     optimizer_tensor: float  # s that the optimizer takes for each parameter tensor, whatever its size
-    fusion: float  # time of operations that only move tensors once compiled, over that in eager code
     tensor_overlap: float  # share of tensor-parallel traffic hidden behind the products around it in fused code
+    spread: float  # standard deviation of speed among devices
     slowdown: float  # of kernels by the traffic beside them, as a share of its time
     jitter: float  # coefficient of variation of a block's time
     latency: dict[str, float]  # s a hop of each collective inside a server
@@ -101,7 +108,7 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
     gpu = plan.gpu
     precision = plan.train.precision
     narrow = precision in ("fp8", "fp4")  # attention stays in bf16
-    clock = throttle(plan)
+    clock = throttle(plan) * (gpu.early_gemm if gpu.early else 1.0)
     matmul = clock * (gpu.peak(precision) or gpu.fp32_peak) * (gpu.narrow_efficiency if narrow else gpu.gemm_efficiency)
     wide = clock * (gpu.peak("bf16" if narrow else precision) or gpu.fp32_peak) * gpu.gemm_efficiency
     memory = gpu.memory_bandwidth * gpu.memory_efficiency
@@ -126,8 +133,8 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         composition=pick("composition", 1.0),
         glue=pick("glue", 0.0),
         optimizer_tensor=pick("optimizer_tensor", gpu.launch),
-        fusion=gpu.fusion,
         tensor_overlap=gpu.tensor_overlap,
+        spread=gpu.spread if tiled else 0.0,
         slowdown=gpu.slowdown,
         jitter=pick("jitter", 0.0),
         latency={c: pick(f"{c}.latency", gpu.link_latency) for c in COLLECTIVES},
@@ -268,18 +275,19 @@ class Work:
     products: tuple[Product, ...] = ()
     chain: Any = None  # FLOPs of one unit while the others have ended
     times: Any = 1
+    fused: float = 1.0  # share of the bytes that fused code moves
 
     def __mul__(self, times: Any) -> "Work":
-        return Work(self.kind, self.flops, self.bytes, self.launches, self.products, self.chain, self.times * times)
+        return Work(self.kind, self.flops, self.bytes, self.launches, self.products, self.chain, self.times * times, self.fused)
 
 
-def matmul(m: Any, n: Any, k: Any, size: Any, stage: str, matrices: Any = 1) -> Work:
-    """[m, k] × [k, n], with the rows of m spread over so many matrices in one grouped product; backward is the two products
-    for the input's and the weight's gradient."""
+def matmul(m: Any, n: Any, k: Any, size: Any, stage: str, matrices: Any = 1, launches: Any = 1) -> Work:
+    """[m, k] × [k, n], with the rows of m spread over so many matrices in one grouped product of so many launches; backward is the
+    two products for the input's and the weight's gradient."""
     rows = m / np.maximum(matrices, 1)
     products = (Product(rows, n, k, matrices),) if stage == "forward" else (Product(rows, k, n, matrices), Product(n, k, rows, matrices))
     count = len(products)
-    return Work(f"matmul.{stage}", count * 2 * m * n * k, count * (m * k + matrices * n * k + m * n) * size, count, products)
+    return Work(f"matmul.{stage}", count * 2 * m * n * k, count * (m * k + matrices * n * k + m * n) * size, count * launches, products)
 
 
 def attention(tokens: Any, seq: Any, width: Any, size: Any, stage: str, head: Any = 0) -> Work:
@@ -295,5 +303,6 @@ def attention(tokens: Any, seq: Any, width: Any, size: Any, stage: str, head: An
 
 def moved(kind: str, elements: Any, size: Any, stage: str) -> Work:
     """An operation that only moves tensors of so many elements."""
-    launches, passes = TRAFFIC[f"{kind}.{stage}"]
-    return Work(f"{kind}.{stage}", 0.0 * elements, passes * elements * size, launches)
+    name = f"{kind}.{stage}"
+    launches, passes = TRAFFIC[name]
+    return Work(name, 0.0 * elements, passes * elements * size, launches, fused=FUSED.get(name, passes) / max(passes, 1))

@@ -37,6 +37,11 @@ from sim.network import Network
 # A V has two virtual stages, by which the bubble is divided elsewhere.
 BUBBLES = {"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0, "zero_bubble": 1 / 3, "zbv": 0.0, "dualpipev": 2 / 3}
 
+# Sums of a block, each three passes over the residual stream: in eager code, where they ride on the norms (a pass less each), and
+# in the code from before fused attention, with dropout and its masks and with gradients of biases.
+# Eager backward sums gradients: two residuals, three of q k v, two of gate and up.
+ADDS = {"forward": (2, 4 / 3, 7 / 3), "backward": (5, 2 / 3, 20 / 3)}
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -106,7 +111,8 @@ def predict(p: Any, device: Device, network: Network) -> Steps:
     backward = spent["backward"] + np.where(p.recompute, spent["forward"], np.where(p.selective, spent["small"], 0.0))
     block = spent["forward"] + backward
     last = np.where(p.pp > 1, np.maximum(0.0, ends - _spared(p) * block), ends)
-    micro = layers * block + last + _accumulate(p, device)
+    slowest = 1 + device["spread"] * np.maximum(0.0, _largest(p.ranks))
+    micro = slowest * (layers * block + last + _accumulate(p, device))
     shown = np.where(p.compiled, 1 - device["tensor_overlap"], 1.0)
     inside = shown * _tensor_traffic(p, network, layers) + _expert_traffic(p, network, layers)
     inside = inside + np.where(p.pp > 1, 2 * network.send("pp", _message(p)), 0.0)
@@ -183,8 +189,9 @@ def block_work(p: Any, stage: str) -> list[Work]:
     work += [part * (1 - mixed) for part in _feed_forward(p, tokens, p.ffn, size, stage)]
     work += [part * mixed for part in _mixture(p, tokens, size, stage)] if np.any(mixed) else []
     work.append(moved("quantise", tokens * (_operands(p) + (h + value_width(p)) / p.tp), size, stage) * p.narrow)
-    adds = 2 if stage == "forward" else 5  # backward sums gradients: two residuals, three of q k v, two of gate and up
-    work += [moved("add", tokens * h / p.tp, size, "forward") * adds]
+    eager, fused, old = ADDS[stage]
+    adds = np.where(p.compiled, np.where(p.fused_attention > 0, fused, old), eager)
+    work.append(moved("add", tokens * h / p.tp, size, "forward") * adds)
     return [part for part in work if np.any(part.times)]  # what none of the plans does costs nothing
 
 
@@ -204,9 +211,12 @@ def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
     """Router, shared experts, and the routed ones in grouped products; tokens are spread evenly over experts, and over tp."""
     moe, visits = p.moe, tokens / p.tp * p.moe.top_k
     local = moe.experts / p.ep
-    up = matmul(visits, moe.ffn, p.hidden, size, stage, local) * (1 + p.gated)
-    down = matmul(visits, p.hidden, moe.ffn, size, stage, local)
+    each = np.where(p.zero < 3, local, 1.0)  # Megatron launches every expert by itself, torch's grouped product is one kernel
+    up = matmul(visits, moe.ffn, p.hidden, size, stage, local, each) * (1 + p.gated)
+    down = matmul(visits, p.hidden, moe.ffn, size, stage, local, each)
     routed = [up, down, moved("swiglu", visits * moe.ffn, size, stage), moved("permute", visits * p.hidden, size, stage)]
+    quantised = (2 if stage == "forward" else 4) * each * p.narrow  # its input for two products forward, and both gradients'
+    routed.append(Work(f"quantise.{stage}", 0.0, 0.0, quantised))
     shared = [part * (moe.shared > 0) for part in _feed_forward(p, tokens, moe.shared * moe.ffn, size, stage)]
     return [matmul(tokens / p.tp, moe.experts, p.hidden, size, stage), *routed, *shared]
 
@@ -229,7 +239,7 @@ def _once(p: Any, device: Device, work: Work) -> Any:
     """Share of an operation that is done: compiled, those that only move tensors are fused; frozen weights have no gradient."""
     if work.products or work.chain is not None:
         return np.where(p.frozen, 0.5, 1.0) if len(work.products) > 1 else 1.0  # of two products, the input's gradient alone
-    return np.where(p.compiled, device["fusion"], 1.0)
+    return np.where(p.compiled, work.fused, 1.0)
 
 
 def _calls(p: Any, works: list[Work]) -> Array:
