@@ -125,3 +125,16 @@ def flops_per_token(model: Any, seq_len: Any) -> Any:
 def state_bytes(model: Any) -> Any:
     """Bytes of a checkpoint: fp32 weights and AdamW's two fp32 moments, 12 a parameter."""
     return 3 * FP32 * parameters(model)
+
+
+def stage_blocks(layers: int, stages: int, stage: int) -> range:
+    """The blocks of a pipeline's (virtual) stage. Where the layers do not divide by the stages, embedding and head count as layers
+    if that divides.
+
+    >>> [len(stage_blocks(126, 16, stage)) for stage in (0, 1, 15)]
+    [7, 8, 7]
+    """
+    if layers % stages and (layers + 2) % stages == 0:
+        each = (layers + 2) // stages
+        return range(max(0, stage * each - 1), min(layers, (stage + 1) * each - 1))
+    return range(layers * stage // stages, layers * (stage + 1) // stages)

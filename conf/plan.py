@@ -59,7 +59,7 @@ class Gpu(Node):
     tensor_overlap: float = say("share of tensor-parallel traffic hidden behind the matrix products around it, in fused code", 0.0,
                                 must=SHARE)  # fmt: skip
     spread: float = say("standard deviation of speed among devices of the kind; a step waits for the slowest", 0.01, must=NOT_NEGATIVE)
-    slowdown: float = say("time that a collective beside kernels takes from them, as a share of its own", 0.0, must=NOT_NEGATIVE)
+    slowdown: float = say("time that a collective beside kernels takes from them, as a share of its own; below 1", 0.0, must=SHARE)
     link_bandwidth: BitRate = say("bandwidth to the other devices of its domain (NVLink), per direction", must=POSITIVE)
     link_efficiency: float = say("fraction of that bandwidth that collectives reach", 1.0, must=POSITIVE)
     nic_efficiency: float = say("fraction of the network's bandwidth that collectives reach", 1.0, must=POSITIVE)

@@ -14,6 +14,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.pipelining.microbatch import TensorChunkSpec
 
+from conf.arithmetic import stage_blocks
 from conf.plan import Plan
 from real.collectives import Line
 from real.model import Decoder
@@ -33,12 +34,8 @@ def stages_of(plan: Plan, pp_rank: int) -> list[int]:
 
 
 def layers_of(plan: Plan, stage: int) -> range:
-    """The blocks of a stage. Where the layers do not divide by the stages, embedding and head count as layers if that divides."""
-    layers, stages = plan.model.layers, plan.mesh.pp * plan.mesh.vpp
-    if layers % stages and (layers + 2) % stages == 0:
-        each = (layers + 2) // stages
-        return range(max(0, stage * each - 1), min(layers, (stage + 1) * each - 1))
-    return range(layers * stage // stages, layers * (stage + 1) // stages)
+    """The blocks of a stage."""
+    return stage_blocks(plan.model.layers, plan.mesh.pp * plan.mesh.vpp, stage)
 
 
 class Stage(PipelineStage):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import Refused
+from conf.files import write
 from conf.plan import Plan
 from conf.program import count, explain, flag, load, run, split
 from conf.record import QUANTITIES, STATES, read_fact, summarise
@@ -31,6 +32,7 @@ foretold sim [options] [group=option] [key=value]   predict a plan
   foretold sim experiment=llama3_405b vs="cluster.nodes=1024"   what if: both, the difference and its causes
   foretold sim -m experiment=llama3_405b cluster.nodes=512,1024,2048     a sweep; with fast=true in closed form, thousands of points
   foretold sim search=true experiment=llama3_405b          the best meshes for its model, cluster and batch, and why
+  foretold sim events=true experiment=llama3_405b          one step event by event, with a timeline for Perfetto
   foretold sim replicas=20                       twenty seeds: the median, with the 10th and 90th percentile
 """
 OPTIONS = {
@@ -39,6 +41,7 @@ OPTIONS = {
     "vs": ("", "overrides of a second plan, with blanks between: both columns, the difference and its causes"),
     "fast": ("false", "with -m: the runs in closed form instead of simulated lives, thousands of points in this process"),
     "search": ("false", "the best mesh for the plan's model, cluster and batch; mesh.… words pin a choice"),
+    "events": ("false", "one step event by event instead of the run: both fidelities, and step.json for Perfetto"),
     "replicas": ("1", "lives to simulate, one a seed; the first writes the record"),
     "runs": ("runs", "folder of the records"),
 }
@@ -63,6 +66,8 @@ def main(args: list[str]) -> int:
         return best(overrides, options)
     quiet, lives = flag(options, "json"), count(options, "replicas")
     plan = load(overrides, options["plan"])
+    if flag(options, "events"):
+        return one_step(plan, Path(options["runs"]) / plan.id / "sim", quiet)
     if options["vs"]:
         return versus(plan, load([*overrides, *words(options["vs"])], options["plan"]), options)
     folder = Path(options["runs"]) / plan.id / "sim"
@@ -101,6 +106,17 @@ def best(overrides: list[str], options: Mapping[str, str]) -> int:
     print(advice.page(plan, told))
     again = [f"plan={options['plan']}"] * bool(options["plan"]) + rest
     print(f"\nnext:   {shlex.join(['foretold', 'sim', *again, *advice.words(told['meshes'][0])])}")
+    return 0
+
+
+def one_step(plan: Plan, folder: Path, quiet: bool) -> int:
+    """One step of the plan, event by event."""
+    from sim import step
+
+    lived = step.lived(plan)
+    record = step.told(plan, lived, pace(plan).step_time)
+    write(folder / "step.json", step.trace(lived))
+    print(json.dumps(record) if quiet else f"{step.page(plan, record)}\n\ntimeline: {folder / 'step.json'}  (opens in ui.perfetto.dev)")
     return 0
 
 

@@ -31,11 +31,7 @@ from conf.plan import Plan
 from sim.kernels import Array, Device, Work, attention, matmul, moved, rates
 from sim.memory import held, memory
 from sim.network import Network
-
-# Bubble of each schedule over that of 1F1B, with the gradients of inputs and of weights each as long as a forward pass:
-# 1F1B (F + B), ZB1P (F + B − 2 W), DualPipe (F&B + B − 3 W) / 2 (DeepSeek-V3, table 2); ZB-V none (Qi et al. 2024, section 3).
-# A V has two virtual stages, by which the bubble is divided elsewhere.
-BUBBLES = {"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0, "zero_bubble": 1 / 3, "zbv": 0.0, "dualpipev": 2 / 3}
+from sim.schedule import PARTED, V_SHAPED
 
 # Sums of a block, each three passes over the residual stream: in eager code, where they ride on the norms (a pass less each), and
 # in the code from before fused attention, with dropout and its masks and with gradients of biases.
@@ -82,10 +78,11 @@ def columns(plans: Sequence[Plan]) -> Any:
     moe = SimpleNamespace(**of("model.moe", ("experts", "top_k", "shared", "ffn", "dense_layers")))
     mla = SimpleNamespace(**of("model.mla", ("kv_rank", "q_rank", "rope")))
     values["crowd"] = gather(lambda p: max(1.0, p.cluster.gpus_per_node / p.cluster.cores_per_node) if p.gpu.kind == "cpu" else 1.0)
-    values["bubbles"] = gather(lambda p: BUBBLES[p.mesh.pipeline])
     flags = {
         "recompute": np.array([p.train.recompute == "full" for p in plans]),
         "selective": np.array([p.train.recompute == "selective" for p in plans]),
+        "parted": np.array([p.mesh.pipeline in PARTED for p in plans]),
+        "v_shaped": np.array([p.mesh.pipeline in V_SHAPED for p in plans]),
         "gpipe": np.array([p.mesh.pipeline == "gpipe" for p in plans]),
         "beside": np.array([p.gpu.kind != "cpu" for p in plans]),
         "compiled": np.array([p.train.compile for p in plans]),
@@ -106,31 +103,80 @@ def steps(plans: Sequence[Plan]) -> Steps:
 
 def predict(p: Any, device: Device, network: Network) -> Steps:
     """The steps of plans whose numbers are given as arrays that broadcast."""
-    layers, spent = _layers_a_stage(p), _spent(p, device)
-    ends = spent["ends.forward"] + spent["ends.backward"]
-    backward = spent["backward"] + np.where(p.recompute, spent["forward"], np.where(p.selective, spent["small"], 0.0))
-    block = spent["forward"] + backward
-    last = np.where(p.pp > 1, np.maximum(0.0, ends - _spared(p) * block), ends)
-    slowest = 1 + device["spread"] * np.maximum(0.0, _largest(p.ranks))
-    micro = slowest * (layers * block + last + _accumulate(p, device))
-    shown = np.where(p.compiled, 1 - device["tensor_overlap"], 1.0)
-    inside = shown * _tensor_traffic(p, network, layers) + _expert_traffic(p, network, layers)
-    inside = inside + np.where(p.pp > 1, 2 * network.send("pp", _message(p)), 0.0)
-    bubble = p.bubbles * (p.pp - 1) / p.vpp * (micro + inside)  # interleaved 1F1B (Narayanan et al. 2021, section 2.2.2)
-    agreed = network.collective("all_reduce", "dp_shard", 4.0)  # one number: the gradient norm, and the loss
-    optimizer = _optimizer(p, device) + agreed
-    window = p.accumulation * micro
-    compute = p.accumulation * (micro + _units(p, device, layers))
-    communication = p.accumulation * inside + _exposed(p, device, network, layers, window) + agreed
-    compute, optimizer = compute * p.crowd, optimizer * p.crowd  # CPU ranks that share a core take turns, but not in waiting
+    part = pieces(p, device, network)
+    compute = (
+        p.crowd * p.accumulation * (part.forward + part.backward + part.units)
+    )  # CPU ranks that share a core take turns, but not in waiting
+    communication = p.accumulation * part.traffic + part.sends + _exposed(p, device, part) + part.agreed
+    bubble, optimizer = _bubble(p, part), p.crowd * part.optimizer
     step_time = compute + communication + bubble + optimizer
     sequences = np.ceil(p.evaluate_sequences / (p.dp * p.micro_batch))
-    gathers = _gathers(p, network, layers) * np.where(p.beside, 0.0, 1.0)
-    evaluate = p.crowd * sequences * (layers * spent["forward"] + spent["ends.forward"] + gathers + 0.5 * _units(p, device, layers))
+    gathers = _gathers(p, network, part.layers) * np.where(p.beside, 0.0, 1.0)
+    evaluate = p.crowd * sequences * (part.layers * part.block_forward + part.ends_forward + gathers + 0.5 * part.units)
     rate = p.tokens_per_step / step_time
     mfu = rate * flops_per_token(p, p.seq_len) / (p.peak * p.ranks)
     told = (step_time, compute, communication, bubble, optimizer, evaluate, memory(p).total, mfu, rate)
     return Steps(*np.broadcast_arrays(*map(np.atleast_1d, told)))
+
+
+def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
+    """Seconds of which a step is made, for the busiest pipeline rank; the event simulation (sim.step) moves the same ones.
+
+    forward, backward: compute of a micro-batch, ends included; weights: the part of backward that is the weights' gradients;
+    block, ends: the same of one block, and of embedding and head; extra: by how much the ends make their rank busier;
+    added: adding a micro-batch's gradients to those before; units: what sharding adds to a micro-batch;
+    traffic: tensor-, context- and expert-parallel of a micro-batch; send: one message to a neighbour in the pipeline, and
+    sends: waiting for those in a step; sharding: data-parallel traffic of a step; agreed: one number over all.
+    """
+    layers, spent = _layers_a_stage(p), _spent(p, device)
+    slowest = 1 + device["spread"] * np.maximum(0.0, _largest(p.ranks))
+    again = np.where(p.recompute, spent["forward"], np.where(p.selective, spent["small"], 0.0))
+    block = spent["forward"] + spent["backward"] + again
+    ends = spent["ends.forward"] + spent["ends.backward"]
+    shown = np.where(p.pp > 1, np.maximum(0.0, ends - _spared(p) * block), ends) / ends  # the last stage may have fewer blocks
+    forward = layers * spent["forward"] + shown * spent["ends.forward"]
+    backward = layers * (spent["backward"] + again) + shown * spent["ends.backward"] + _accumulate(p, device)
+    hidden = np.where(p.compiled, device["tensor_overlap"], 0.0)
+    send = np.where(p.pp > 1, network.send("pp", _message(p)), 0.0)
+    agreed = network.collective("all_reduce", "dp_shard", 4.0)  # one number: the gradient norm, and the loss
+    return SimpleNamespace(
+        layers=layers, block_forward=spent["forward"], ends_forward=spent["ends.forward"],
+        block={"F": slowest * spent["forward"], "B": slowest * (spent["backward"] + again), "W": slowest * spent["weights"]},
+        ends={"F": slowest * spent["ends.forward"], "B": slowest * spent["ends.backward"]}, extra=slowest * shown * ends,
+        forward=slowest * forward, backward=slowest * backward, weights=slowest * layers * spent["weights"],
+        added=slowest * _accumulate(p, device), units=_units(p, device, layers),
+        traffic=(1 - hidden) * _tensor_traffic(p, network, layers) + _expert_traffic(p, network, layers), send=send,
+        sends=_sends(p, send), sharding=_sharding(p, network, layers, p.accumulation), agreed=agreed,
+        optimizer=_optimizer(p, device) + agreed,
+    )  # fmt: skip
+
+
+def _sends(p: Any, send: Array) -> Array:
+    """Waiting for messages in a step: those of the first micro-batch's way through all stages, there and back. The others are
+    under way beside compute, but for 1F1B, whose ranks also wait about one message for each micro-batch beyond pp / 2."""
+    alone = (p.vpp == 1) & ~p.gpipe
+    return np.asarray(send * (2 * (p.vpp * p.pp - 1) + alone * 1.2 * np.maximum(0.0, p.accumulation - p.pp / 2)))
+
+
+def _bubble(p: Any, part: SimpleNamespace) -> Array:
+    """Time in which the busiest pipeline rank has nothing to do, of n micro-batches over pp ranks of v virtual stages each.
+
+    A backward pass that is one piece leaves, with m = min(n, pp), (forward + backward) (pp + (m − 1) / v − m): (pp − 1) / v of
+    it where there are enough micro-batches (Narayanan et al. 2021, section 2.2.2), else as much as the first one's way through
+    all stages. With the weights' part filled in (Qi et al. 2024) the way of the first pass to the last rank is left, since
+    the ranks begin together after the gradient norm: (pp − 1) / v of a forward pass, or of what the inputs' backward is longer.
+    Exact against the event simulation where forward, inputs' and weights' backward take the same time; where the inputs' backward
+    takes much longer, as with recomputation, V-shaped schedules stall more than this says (sim.step tells).
+    """
+    whole = part.forward + part.backward - part.extra + part.traffic
+    few = np.minimum(p.accumulation, p.pp)
+    plain = whole * (p.pp + (few - 1) / p.vpp - few)
+    forward = part.layers * part.block["F"] + 0.5 * part.traffic
+    way = whole - part.weights  # forward and inputs' backward of a micro-batch on one rank
+    late = np.where(p.v_shaped, np.maximum(forward, way - forward), np.maximum(forward, (p.accumulation <= p.pp) * (way - part.weights)))
+    filled = (p.pp - 1) / p.vpp * late
+    first = p.pp * way + (part.weights + (p.accumulation - 1) * way) / p.vpp - p.accumulation * whole
+    return np.asarray(np.where(p.parted, np.maximum(filled, first), plain) * (p.pp > 1))
 
 
 def kernels_alone(p: Any, device: Device) -> Array:
@@ -139,17 +185,20 @@ def kernels_alone(p: Any, device: Device) -> Array:
     return np.asarray(p.crowd * p.accumulation * _layers_a_stage(p) * (spent["forward"] + spent["backward"]))
 
 
-def _exposed(p: Any, device: Device, network: Network, layers: Array, window: Array) -> Array:
+def _exposed(p: Any, device: Device, part: SimpleNamespace) -> Array:
     """Traffic of data parallelism that the rank waits for.
 
     Beside a GPU's kernels it hides in the step under FSDP and in one micro-batch where gradients are reduced once;
     without sharding they are reduced after the backward pass. What hides slows the kernels beside it.
     """
-    sharding = _sharding(p, network, layers, p.accumulation)
-    window = np.where(p.zero == 3, window, np.where(p.zero > 0, window / p.accumulation, 0.0))
-    hidden = np.minimum(sharding, window)
-    waiting = np.where(p.dp > 1, _largest(p.dp) * device["jitter"] * window, 0.0)
-    return np.asarray(np.where(p.beside, sharding - hidden + device["slowdown"] * hidden, sharding + waiting))
+    compute = part.forward + part.backward
+    stretched = compute / (1 - device["slowdown"])
+    micro = stretched + part.traffic
+    window = micro * np.where(p.zero == 3, p.accumulation, np.where(p.zero > 0, 1.0, 0.0))
+    hidden = np.minimum(part.sharding, window)
+    slower = device["slowdown"] * hidden * stretched / micro
+    waiting = np.where(p.dp > 1, _largest(p.dp) * device["jitter"] * p.accumulation * compute, 0.0)
+    return np.asarray(np.where(p.beside, part.sharding - hidden + slower, part.sharding + waiting))
 
 
 def _largest(ranks: Array) -> Array:
@@ -223,11 +272,12 @@ def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
 
 def _spent(p: Any, device: Device) -> dict[str, Array]:
     """Seconds on one micro-batch of a block, forward and backward, of its forward operations besides matrix products and
-    attention (which selective recomputation does again), and of the model's ends."""
+    attention (which selective recomputation does again), of its weights' gradients, and of the model's ends."""
     parts = {name: block_work(p, name) for name in ("forward", "backward")}
     parts |= {f"ends.{stage}": _ends(p, stage) for stage in ("forward", "backward")}
     seconds = iter(device.each([work for works in parts.values() for work in works]))
     timed = {name: [(work, _once(p, device, work) * next(seconds)) for work in works] for name, works in parts.items()}
+    timed["weights"] = [(work, 0.5 * time) for work, time in timed["backward"] if work.products]
     timed["small"] = [(work, time) for work, time in timed["forward"] if work.kind.split(".")[0] not in ("matmul", "attention")]
     spent = {name: device["composition"] * sum(time for _, time in works) for name, works in timed.items()}
     for name in ("forward", "backward"):

@@ -19,7 +19,8 @@ from conf.plan import Plan
 from sim.kernels import Array, Device, rates
 from sim.memory import USABLE
 from sim.network import Network
-from sim.parallel import BUBBLES, columns, kernels_alone, predict
+from sim.parallel import columns, kernels_alone, predict
+from sim.schedule import PARTED, V_SHAPED
 
 OUTER = ("tp", "cp", "pp", "ep", "micro_batch")
 RECOMPUTE = ("none", "selective", "full")
@@ -142,8 +143,9 @@ def _grid(plan: Plan, base: Any, outer: Array, inner: Inner) -> Any:
     p = _placed(plan, base, outer)
     second, third, fourth = (1, -1, 1, 1), (1, 1, -1, 1), (1, 1, 1, -1)
     p.vpp = np.reshape([float(n) for _, n in inner.schedules], second)
-    p.bubbles = np.reshape([BUBBLES[name] for name, _ in inner.schedules], second)
+    p.parted = np.reshape([name in PARTED for name, _ in inner.schedules], second)
     p.schedule = np.reshape([name for name, _ in inner.schedules], second)
+    p.v_shaped = np.reshape([name in V_SHAPED for name, _ in inner.schedules], second)
     p.gpipe = np.array(False)
     p.zero = np.reshape([float(zero) for zero, _ in inner.shardings], third)
     p.dp_replicate = np.reshape([float(n) for _, n in inner.shardings], third)

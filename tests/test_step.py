@@ -15,14 +15,16 @@ def predicted(*words: str):
 
 
 def test_each_schedule_has_its_bubble():
-    """Shares of 1F1B's: interleaving divides by the virtual stages, zero bubble leaves a third, a V nothing or a third."""
+    """Shares of 1F1B's: interleaving divides by the virtual stages; where weights' gradients fill the holes, a forward or an inputs'
+    backward pass is left of a forward and a backward one (exact shares where all three are equal: tests/test_events.py)."""
     base = ["mesh.pp=4", "model.layers=8"]
     whole = predicted(*base).bubble[0]
     found = {
         name: predicted(*base, f"mesh.schedule={name}", f"mesh.vpp={vpp}").bubble[0] / whole
         for name, vpp in (("gpipe", 1), ("interleaved", 2), ("zero_bubble", 2), ("zbv", 2), ("dualpipev", 2))
     }
-    assert found == pytest.approx({"gpipe": 1, "interleaved": 1 / 2, "zero_bubble": 1 / 6, "zbv": 0, "dualpipev": 1 / 3}, rel=1e-9)
+    assert (found["gpipe"], found["interleaved"]) == pytest.approx((1, 1 / 2), rel=1e-9)
+    assert 1 / 8 < found["zero_bubble"] <= found["zbv"] == found["dualpipev"] < 1 / 3
     memory = [predicted(*base, f"mesh.schedule={name}").memory[0] for name in ("gpipe", "1f1b")]
     assert memory[0] > memory[1]  # all of the step's micro-batches in flight, or as many as stages
 
