@@ -45,7 +45,7 @@ class Rank:
     parameters: int  # of this rank's shards
     state: int  # bytes: fp32 weights, gradients and two moments
     peak: int  # bytes in a step, the optimizer's state included
-    collectives: list[dict[str, Any]]  # kind, ranks, calls a step, bytes a step
+    collectives: list[dict[str, Any]]  # kind, axis, ranks, calls a step, bytes a step
 
 
 def build(plan: Plan, foretold: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -78,18 +78,19 @@ def _rehearse(plan: Plan, rank: int) -> Rank:
         parts = [laid_out(plan, axes, timeline, stage) for stage in stages]
         for part in parts:
             weigh(part, plan.train.global_batch)
-        calls, sizes = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
+        calls, sizes = Counter[tuple[str, str, int]](), Counter[tuple[str, str, int]]()
         with FakeTensorMode(allow_non_fake_inputs=True):
             for part in parts:
                 part.to_empty(device="cpu")
                 part.tie()
             held = [local(p) for part in parts for p in {id(p): p for p in part.parameters()}.values()]
             state = sum(4 * p.numel() * 4 for p in held)
-            for last in (False, True):
-                with Tally() as tally:
+            for times, last in ((min(1, plan.accumulation - 1), False), (plan.accumulation - 2, False), (1, True)):
+                if times < 1:
+                    continue
+                with Tally(axes.names) as tally:
                     for part in parts:
                         _backward(_forward(plan, axes, part, last))
-                times = 1 if last else plan.accumulation - 1
                 for key, (number, size) in tally.found.items():
                     calls[key] += number * times
                     sizes[key] += size * times
@@ -97,7 +98,7 @@ def _rehearse(plan: Plan, rank: int) -> Rank:
             peak = sum(peaks) - sum(kept) + in_flight(plan, axes.at["pp"]) * sum(kept) // len(parts)
         moments = sum(2 * 4 * p.numel() for p in held)
         layers = sorted(int(i) for part in parts for i in part.layers)
-        told = [{"kind": k, "ranks": n, "calls": calls[k, n], "bytes": sizes[k, n]} for k, n in sorted(calls)]
+        told = [{"kind": k, "axis": a, "ranks": n, "calls": calls[k, a, n], "bytes": sizes[k, a, n]} for k, a, n in sorted(calls)]
         return Rank(rank, [s for s in stages if s is not None], layers, sum(p.numel() for p in held), state, int(peak + moments), told)
 
 
@@ -106,6 +107,8 @@ def _forward(plan: Plan, axes: parallel.Axes, part: Decoder, last: bool) -> torc
     size, tokens = plan.train.micro_batch, plan.train.seq_len // plan.mesh.cp
     dtype = torch.bfloat16 if plan.train.half else torch.float32
     parallel.synchronise(part, last)
+    if plan.mesh.pp > 1:  # as torch's pipeline stages do: weights stay gathered until the step's last backward pass
+        part.set_reshard_after_backward(last)  # type: ignore[operator]
     targets = torch.zeros(size, tokens, dtype=torch.int64)
     inside = torch.zeros(size, tokens // plan.mesh.tp, plan.model.hidden, dtype=dtype, requires_grad=True)
     out = part(targets if part.embed_tokens is not None else inside)
@@ -139,31 +142,36 @@ def in_flight(plan: Plan, pp_rank: int) -> int:
 
 
 class Tally(TorchDispatchMode):
-    """Collectives by kind and group size: calls, and bytes of the larger side."""
+    """Collectives by kind, axis of the mesh and group size: calls, and bytes of the larger side; a group of one rank sends nothing.
 
-    def __init__(self) -> None:
+    Messages between pipeline stages are not among them: the stages are rehearsed one after the other.
+    """
+
+    def __init__(self, names: Mapping[str, str]) -> None:
         super().__init__()
-        self.found: dict[tuple[str, int], tuple[int, int]] = {}
+        self.names = names  # of the axes, by the name of their group
+        self.found: dict[tuple[str, str, int], tuple[int, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = str(func)
-        if match := re.match(r"(c10d|_c10d_functional)\.(_?)(all_?gather|reduce_scatter|all_?reduce|all_?to_?all)", name):
+        if match := re.match(r"(c10d|_c10d_functional)\.(_?)(all_?gather|reduce_scatter|all_?reduce|all_?to_?all)", str(func)):
             tensors = [t for t in torch.utils._pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
-            key = KINDS[match[3]], _group_size(args)
-            calls, size = self.found.get(key, (0, 0))
-            self.found[key] = calls + 1, size + max(t.numel() * t.element_size() for t in tensors)
+            group = _group(args)
+            if group is not None and group.size() > 1:
+                key = KINDS[match[3]], self.names.get(group.group_name, "other"), group.size()
+                calls, size = self.found.get(key, (0, 0))
+                self.found[key] = calls + 1, size + max(t.numel() * t.element_size() for t in tensors)
         return out
 
 
-def _group_size(args: Any) -> int:
+def _group(args: Any) -> Any:
     """Functional collectives name their group, the others hand it over."""
     for arg in reversed(args):
         if isinstance(arg, str) and arg not in ("sum", "max", "avg"):
-            return dist.distributed_c10d._resolve_process_group(arg).size()  # type: ignore[arg-type]
+            return dist.distributed_c10d._resolve_process_group(arg)  # type: ignore[arg-type]
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in arg._type().name():
-            return dist.ProcessGroup.unbox(arg).size()
-    return 0
+            return dist.ProcessGroup.unbox(arg)
+    return None
 
 
 def _spans(numbers: list[int]) -> str:
@@ -187,9 +195,8 @@ def page(plan: Plan, told: Mapping[str, Any]) -> str:
         lines.append(f"  parameters held   {rank['parameters']:>16,}   state {show(rank['state'], 'B')}")
         lines.append(f"  peak memory       {show(rank['peak'], 'B'):>16}   of {show(plan.gpu.memory, 'B')}")
         lines += [
-            f"  {c['kind']:<17} {c['calls']:>10,} calls over {c['ranks']:>4} ranks   {show(float(c['bytes']), 'B')} a step"
+            f"  {c['kind']:<17} {c['calls']:>10,} calls over {c['ranks']:>4} ranks of {c['axis']:<12} {show(float(c['bytes']), 'B')} a step"
             for c in rank["collectives"]
-            if c["ranks"] > 1
         ]
     over = float(told["peak"] - plan.gpu.memory)
     lines += ["", "it fits" if told["fits"] else f"it does not fit: {show(over, 'B')} too much on the fullest rank; "

@@ -3,6 +3,7 @@
 Everything is built on the ranks that are handed in; the module keeps no state, so several models can live in one job.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,6 +112,17 @@ class Axes:
         self.cp = line(lay(rest=pp * replicas * shards, cp=cp, tp=tp), "cp") if cp > 1 else None
         self.sequence = line(lay(rest=pp * replicas * shards, sequence=cp * tp), "sequence") if self.experts else None
         self.stage = line(lay(pp=pp, stage=plan.ranks // pp), "stage", None)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Axis by the name of its process group; FSDP's reach over dp_shard and cp together, and over the ranks of the same experts."""
+        meshes = [(self.shards, ("dp_replicate", "dp_shard", "tp")), (self.experts, ("dp_expert", "ep"))]
+        groups = [(mesh.get_group(name), name) for mesh, names in meshes if mesh is not None for name in names]
+        groups += [(line.group, name) for name, line in (("cp", self.cp), ("sequence", self.sequence)) if line]
+        found = defaultdict[str, list[str]](list)  # axes of the same ranks share a group
+        for group, name in groups:
+            found[group.group_name].append(name)
+        return {group: "/".join(names) for group, names in found.items()}
 
     @property
     def dp_rank(self) -> int:
