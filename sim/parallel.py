@@ -29,7 +29,7 @@ from conf.arithmetic import (
 )
 from conf.plan import Plan
 from sim.kernels import Array, Device, Work, attention, matmul, moved, rates
-from sim.memory import held, memory
+from sim.memory import MOMENTS, held, memory
 from sim.network import Network
 from sim.schedule import PARTED, V_SHAPED
 
@@ -75,6 +75,7 @@ def columns(plans: Sequence[Plan]) -> Any:
     values["zero"] = gather(lambda p: p.mesh.zero)
     values["peak"] = gather(lambda p: p.gpu.peak(p.train.precision) or np.nan)
     values["rope"] = gather(lambda p: p.model.positions == "rope")
+    values["moments"] = gather(lambda p: MOMENTS[p.train.optimizer])
     moe = SimpleNamespace(**of("model.moe", ("experts", "top_k", "shared", "ffn", "dense_layers")))
     mla = SimpleNamespace(**of("model.mla", ("kv_rank", "q_rank", "rope")))
     values["crowd"] = gather(lambda p: max(1.0, p.cluster.gpus_per_node / p.cluster.cores_per_node) if p.gpu.kind == "cpu" else 1.0)
@@ -84,6 +85,9 @@ def columns(plans: Sequence[Plan]) -> Any:
         "parted": np.array([p.mesh.pipeline in PARTED for p in plans]),
         "v_shaped": np.array([p.mesh.pipeline in V_SHAPED for p in plans]),
         "gpipe": np.array([p.mesh.pipeline == "gpipe" for p in plans]),
+        "dual": np.array([p.mesh.pipeline == "dualpipev" for p in plans]),
+        "rings": np.array([p.mesh.cp_kind == "ring" for p in plans]),
+        "gathers": np.array([p.mesh.cp_kind == "gather" for p in plans]),
         "beside": np.array([p.gpu.kind != "cpu" for p in plans]),
         "compiled": np.array([p.train.compile for p in plans]),
         "frozen": np.zeros(len(plans), bool),  # weights that have no gradient, as under low-rank adapters
