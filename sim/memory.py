@@ -103,52 +103,73 @@ def memory(p: Any) -> Memory:
 
 
 def _moments(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Moment]:
-    """The moments of a step that can be the fullest, on one pipeline rank.
+    """The moments of a step that can be the fullest, on one pipeline rank."""
+    always = {"state": _state(p, stage), "messages": stage.messages}
+    moments = np.where(np.equal(p.zero, 3), 1.0, 0.0), _sharded(p, block, stage), _megatron(p, block, stage)
+    told = []
+    for mine, other in zip(moments[1], [*moments[2], *[moments[2][-1]] * len(moments[1])], strict=False):
+        parts = {name: np.where(moments[0] > 0, mine.get(name, 0.0), other.get(name, 0.0)) for name in {**mine, **other}}
+        told.append(always | parts)
+    update = {"state": _state(p, stage) + np.where(moments[0] > 0, FP32 * stage.shard, 0.0), "messages": stage.messages}
+    return [*told, update]
+
+
+def _megatron(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Moment]:
+    """With ZeRO below 3: the loss, and the backward pass of a block.
+
+    Its kernels leave autograd an empty weight gradient, one of each shape (get_dummy_wgrad in Transformer Engine's
+    module/base.py), and one of the head while its own is computed.
+    """
+    empty, kept = p.size * (block.common + block.expert), {"activations": stage.activations}
+    loss = (FP32 + p.size) * stage.logits + stage.ends
+    return [
+        kept | {"gradients": empty + p.size * stage.head, "logits": loss},
+        kept | {"gradients": empty, "working": block.working},
+        kept | {"gradients": empty, "experts": block.rows, "working": block.again},
+    ]
+
+
+def _sharded(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Moment]:
+    """With FSDP: the loss, the head's reduction, the first, second and last block of the backward pass, and the gradients that wait.
 
     Gradients are added up in fp32, unsharded, until the last micro-batch, with which they are reduced; the buffer of a reduction is
-    held until the next one's.
+    held until the next one's. A pipeline's parameters stay unsharded, and its gradients are reduced when few activations are left.
+    Else the block in work is unsharded and the one after it, the head until it is done, and the embedding.
     """
-    sharded, several, size = np.equal(p.zero, 3), np.greater(p.accumulation, 1), p.size
-    always = {"state": _state(p, stage), "messages": stage.messages}
-    added = np.where(sharded & several, FP32 * stage.held, 0.0)  # all of the gradients of the micro-batches before
-    table = stage.tables * block.table  # of embedding and head
-    head = stage.last * block.table
-    unsharded = np.where(sharded, size * np.where(p.pp > 1, stage.held, table), 0.0)
-    both = np.where(sharded & (p.pp == 1), size * (table - head + block.common + np.where(block.mixed > 0, 0.0, block.common)), unsharded)
-    # Megatron's kernels leave autograd an empty weight gradient, one of each shape (get_dummy_wgrad of Transformer Engine's module/base.py).
-    empty = np.where(sharded, 0.0, size * (block.common + block.expert))
-    copies = np.where((p.tp > 1) & sharded, 3 * FP32 + size, np.where(sharded, 3 * FP32, FP32 + size))
-    logits = stage.last * block.tokens * p.vocab / p.tp
-    ends = stage.last * block.tokens * p.hidden * (1 + 1 / p.tp) * size  # inputs of the last norm and of the head
-    reduced = np.where(sharded, np.where(several, 0.0, FP32 * np.where(p.pp > 1, 0.0, head)), 0.0)
-    loss = always | {
-        "gathered": unsharded, "gradients": added + empty + np.where(sharded, 0.0, size * head), "logits": copies * logits + ends,
-        "activations": stage.activations,
+    alone, size, several = np.equal(p.pp, 1), p.size, np.greater(p.accumulation, 1)
+    added = several * FP32 * stage.held - ~stage.steady * np.minimum(several * FP32 * stage.held, stage.a_pass)
+    table, head, whole = stage.tables * block.table, stage.own_head, block.common + block.routed
+    unsharded = size * np.where(alone, table, stage.held)
+    around = size * np.where(alone, table - head + block.common + np.where(block.routed > 0, 0.0, block.common), stage.held)
+    copies = np.where((p.tp > 1) | (p.pp > 1), 3 * FP32 + size, 3 * FP32)
+    pending = p.parted * ~np.equal(p.dual, 1) * size * ((stage.held - table) / p.vpp + stage.last * block.table)
+    tied = size * (table - head) * (p.tied > 0)
+    loss = {
+        "gathered": unsharded, "gradients": added + pending, "activations": stage.activations + stage.outputs,
+        "logits": copies * stage.logits + stage.ends,
     }  # fmt: skip
-    back = always | {
-        "gathered": both, "gradients": added + reduced + empty + np.where(sharded, size * block.down, 0.0), "working": block.working,
-        "activations": stage.activations,
+    heads = {
+        "gathered": unsharded, "activations": stage.activations, "logits": stage.ends,
+        "gradients": added + alone * (FP32 + ~several * size) * head,
     }  # fmt: skip
-    late = always | {
-        "gathered": both, "gradients": added + reduced + empty + np.where(sharded, size * block.feed, 0.0), "working": block.attending,
-        "activations": stage.activations - block.freed,
-    }  # fmt: skip
-    routed = block.routed * (block.mixed > 0)
-    mixture = always | {
-        "gathered": both + np.where(sharded & (p.pp == 1), size * 2 * routed, 0.0), "gradients": added + reduced + empty,
-        "experts": block.rows, "working": block.again, "activations": stage.activations,
-    }  # fmt: skip
-    whole = block.common + routed
-    reducing = always | {
-        "gathered": both, "activations": stage.activations - block.kept * (p.pp == 1),
-        "gradients": np.where(sharded, added + np.where(several, FP32, FP32 + size) * np.where(p.pp > 1, 0.0, whole), 0.0),
-    }  # fmt: skip
-    heads = always | {
-        "gathered": unsharded, "activations": stage.activations, "logits": ends,
-        "gradients": np.where(sharded, added + np.where(several, FP32, FP32 + size) * np.where(p.pp > 1, 0.0, head), 0.0),
-    }  # fmt: skip
-    update = {"state": _state(p, stage) + np.where(sharded, FP32 * stage.shard, 0.0), "messages": stage.messages}
-    return [loss, back, late, mixture, reducing, heads, update]
+    first = {"gathered": around, "gradients": added + alone * (~several * FP32 * head + FP32 * head / stage.spread) + tied}
+    rows = {"experts": block.rows, "working": block.again, "activations": stage.activations}
+    back = {"working": block.working, "activations": stage.activations}
+    late = {"working": block.attending, "activations": stage.activations - block.freed}
+    mixture = rows | first | {"gathered": around + alone * size * 2 * block.routed}
+    second = (several * (added - FP32 * head) + ~several * FP32 * whole + FP32 * (head + whole) / stage.spread) * alone + tied
+    final = (several * FP32 * (whole + table - head) + FP32 * whole + FP32 * stage.shard) * alone + tied
+    reducing = np.where(several, added + FP32 * whole, (FP32 + size) * whole) * alone
+    moments = [
+        loss, heads, back | first | {"gradients": first["gradients"] + size * block.down},
+        late | first | {"gradients": first["gradients"] + size * block.feed}, mixture,
+        {"gathered": around, "gradients": reducing, "activations": stage.activations - alone * block.kept},
+        {"gathered": around, "gradients": second + alone * size * block.down, "working": alone * block.working,
+         "activations": stage.activations - block.kept},
+        {"gathered": around, "gradients": final + alone * size * block.down, "working": alone * block.working, "activations": block.kept},
+        {"gathered": unsharded, "gradients": added, "activations": stage.waiting},
+    ]  # fmt: skip
+    return moments
 
 
 def _state(p: Any, stage: SimpleNamespace) -> Array:
@@ -165,37 +186,52 @@ def in_flight(p: Any, rank: Any) -> Array:
     """Passes of a micro-batch through a virtual stage that a pipeline rank keeps at once, until their weights' gradients are there.
 
     GPipe: all. 1F1B: as many as there are stages from here on. Interleaved: its warm-up and one (Narayanan et al. 2021, section
-    2.2.2). Zero-bubble: those of its first rank everywhere, because weights wait; the V-shaped ones likewise two a rank (Qi et al.
-    2024), DualPipeV one more on the last (DeepSeek-V3). Equal to torch's schedules and to sim.schedule's (tests/test_memory.py).
+    2.2.2). Zero-bubble: those of its first rank everywhere, because weights wait (Qi et al. 2024); the V-shaped ones two a rank,
+    DualPipeV (DeepSeek-V3, 2024) one more. Equal to torch's schedules, and where the backward pass is whole to sim.schedule's
+    (tests/test_memory.py).
     """
     count, turn = p.accumulation, np.minimum(p.pp, p.accumulation)
     plain = np.where(p.vpp > 1, 2 * (p.pp - rank - 1) + (p.vpp - 1) * turn + 1, p.pp - rank)
-    v_shaped = np.minimum(2 * p.pp + p.dual * (rank == p.pp - 1), count + 1 + rank)
+    v_shaped = np.minimum(2 * p.pp + 1 * p.dual, count + 1 + rank)
     most = np.where(p.v_shaped, v_shaped, np.where(p.parted, (p.vpp - 1) * turn + p.pp, np.where(p.gpipe, count, plain)))
     return np.asarray(np.minimum(count * p.vpp, most))
 
 
+def waiting(p: Any, rank: Any) -> Array:
+    """Of these, passes whose inputs' backward pass is done and whose weights' is not, when most is held; in ZBV's last rank all but one
+    wait at the end of the step."""
+    found = np.where(p.v_shaped, np.where(np.equal(rank, p.pp - 1), in_flight(p, rank) - 1, 1.0), rank + 1.0)
+    return np.asarray(np.where(np.equal(p.parted, 1) & ~np.equal(p.dual, 1), np.minimum(found, in_flight(p, rank)), 0.0))
+
+
 def _stage(p: Any, block: SimpleNamespace, rank: Any) -> SimpleNamespace:
     """What one pipeline rank has: layers, parameters and passes in flight."""
-    stages, whole = p.pp * p.vpp, p.layers % (p.pp * p.vpp) > 0
-    ends = whole & ((p.layers + 2) % stages == 0)  # embedding and head count as layers
-    first, last = np.equal(rank, 0), np.where(p.v_shaped, rank == 0, rank == p.pp - 1)
-    shared = np.where(ends, (p.layers + 2) / p.pp - first - last, np.floor(p.layers * (rank + 1) / p.pp) - np.floor(p.layers * rank / p.pp))
-    layers = np.where(p.pp > 1, shared, p.layers)
+    stages = p.pp * p.vpp
+    ends = (p.layers % stages > 0) & ((p.layers + 2) % stages == 0)  # embedding and head count as layers
+    first, last = np.equal(rank, 0), np.where(p.v_shaped, np.equal(rank, 0), np.equal(rank, p.pp - 1)) > 0
+    even = np.floor(p.layers * (rank + 1) / p.pp) - np.floor(p.layers * rank / p.pp)
+    layers = np.where(ends, (p.layers + 2) / p.pp - first - last, even)
     dense = np.where(p.pp > 1, np.clip(p.moe.dense_layers - rank * layers / p.vpp, 0, layers / p.vpp), p.moe.dense_layers)
-    mixed = np.where(p.moe.experts > 0, layers - dense, 0.0)
-    tables = first + last * np.where(first & last & (p.tied > 0), 0, 1)
+    mixed = np.where(np.greater(p.moe.experts, 0), layers - dense, 0.0)
+    tables = first + last * np.where(first & last & np.greater(p.tied, 0), 0, 1)
     common = (layers - mixed) * block.dense_parameters + mixed * block.mixed_parameters + tables * block.table
-    routed = mixed * block.routed
-    spread = p.dp_shard * p.cp
-    flight = in_flight(p, rank) / p.vpp
-    kept = (layers - mixed) * block.dense_kept + mixed * block.mixed_kept
-    message = np.where((p.pp > 1) & (p.zero == 3), block.tokens * p.hidden / p.tp * p.size, 0.0)
-    passed = flight * p.vpp * message * (1 - 2 * last * (1 - first) / 2 - (1 - first))  # outputs are kept, inputs are messages
-    received = np.where(p.v_shaped, 4 - 2 * first, 2 * p.vpp - first - last)
+    common = common + first * p.position_rows * p.hidden
+    routed, spread, flight = mixed * block.routed, p.dp_shard * p.cp, in_flight(p, rank)
+    kept, wait = ((layers - mixed) * block.dense_kept + mixed * block.mixed_kept) / p.vpp, waiting(p, rank)
+    message = np.where((p.pp > 1) & np.equal(p.zero, 3), block.tokens * p.hidden / p.tp * p.size, 0.0)
+    passed = flight * message * (1.0 * first - last)  # a stage's inputs are messages, and its outputs are kept until they come back
+    received = np.where(p.v_shaped, 4 - 2 * first, 2 * p.vpp - 1.0 * first - last)
+    held_back = np.where(p.v_shaped & np.equal(rank, p.pp - 1), flight - 1, flight)
+    logits = last * block.tokens * p.vocab / p.tp
+    outputs = np.where(p.gpipe, (p.accumulation - 1) * (FP32 + p.size), np.where(p.v_shaped, 0.0, np.maximum(wait - 1, 0.0) * p.size)) * logits
+    more = layers / p.vpp * np.where(p.recompute | p.selective, block.whole, block.a_block) + layers / p.vpp * block.waiting
     return SimpleNamespace(
-        rank=rank, last=1.0 * last, tables=tables, held=common + routed, shard=common / spread + routed / np.maximum(1, spread * p.tp / p.ep),
-        activations=flight * kept + passed, messages=p.accumulation * message * received,
+        rank=rank, last=1.0 * last, tables=tables, held=common + routed, spread=spread,
+        head=last * block.table, own_head=last * block.table * np.where(first & np.greater(p.tied, 0), 0, 1),
+        shard=common / spread + routed / np.maximum(1, spread * p.tp / p.ep), logits=logits, outputs=outputs,
+        ends=last * block.tokens * p.hidden * (1 + 1 / p.tp) * p.size,  # inputs of the last norm and of the head
+        activations=flight * kept + passed, a_pass=kept, steady=p.accumulation * p.vpp > flight,
+        waiting=(held_back - wait) * kept + wait * more + passed, messages=p.accumulation * message * received,
     )  # fmt: skip
 
 
@@ -212,7 +248,7 @@ def _blocks(p: Any) -> SimpleNamespace:
     inputs = h / tp + np.where(torch, h, h / tp)  # of a norm, and of the matrices after it
     routed = _mixture(p, fused)
     mixture = h / tp + np.where(torch, (moe.shared > 0) * h, h / tp) + routed
-    part = h * (1 + 1 / tp + apart)  # input of a half of a block, and what comes out of its last matrix
+    # Input of a half of a block and what its last matrix gave; under tensor parallelism both, gathered and before they are summed.
     part = np.where(p.tp > 1, np.where(torch, 2 * h + 2 * h / tp, 2 * h / tp), 2 * h)
     none = inputs + attended, inputs + dense, mixture
     selective = part + products, part + narrow, mixture
@@ -222,7 +258,7 @@ def _blocks(p: Any) -> SimpleNamespace:
         some = np.where(p.selective, selective[0] + selective[feed], none[0] + none[feed])
         return bytes_ * np.where(p.recompute, h / tp, some)
 
-    mixed = expert_layers(p) > 0
+    mixed = np.greater(expert_layers(p), 0)
     block = {"dense_kept": kept(1), "mixed_kept": kept(2), "tokens": tokens, "mixed": 1.0 * mixed}
     copied = h * (p.mla.kv_rank + p.mla.q_rank + p.mla.rope * (p.mla.kv_rank > 0))  # latent projections, not cut over tp
     attention = (attention_parameters(p) + vector_parameters(p) - copied) / tp + copied
@@ -232,7 +268,7 @@ def _blocks(p: Any) -> SimpleNamespace:
         "dense_parameters": attention + mlp_parameters(p) / tp, "mixed_parameters": attention + shared, "table": embedding_parameters(p) / tp,
         "routed": moe.experts / p.ep * expert * mixed, "expert": expert * mixed,
     }  # fmt: skip
-    all_dense = (expert_layers(p) < p.layers) * 1.0
+    all_dense = 1.0 * np.less(expert_layers(p), p.layers)
     wide = np.where(all_dense > 0, p.ffn, moe.shared * moe.ffn) / tp
     block["common"] = np.where(all_dense > 0, block["dense_parameters"], block["mixed_parameters"])
     block["down"], block["feed"] = wide * h, (2 + p.gated) * wide * h
@@ -242,7 +278,9 @@ def _blocks(p: Any) -> SimpleNamespace:
     block["attending"] = bytes_ * (np.where(p.recompute, none[0], 0.0) + _attending(p))
     block["freed"] = bytes_ * np.where(p.recompute, 0.0, np.where(p.selective, selective[1], none[1]))
     block["kept"] = np.where(all_dense > 0, block["dense_kept"], block["mixed_kept"])
-    block["rows"] = bytes_ * 2 * moe.top_k * h / tp
+    block["rows"] = bytes_ * 2 * moe.top_k * h / tp * mixed
+    block["whole"] = block["a_block"] = bytes_ * (none[0] + np.where(all_dense > 0, none[1], none[2]))
+    block["waiting"] = bytes_ * (np.where(all_dense > 0, narrow, routed) + products + 5 * h / tp)
     return SimpleNamespace(**block)
 
 
