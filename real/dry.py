@@ -6,7 +6,7 @@ holds and sends is counted, not estimated; only the load of experts is assumed t
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -73,33 +73,50 @@ def _world(plan: Plan, rank: int) -> Iterator[None]:
 
 def _rehearse(plan: Plan, rank: int, gpu: bool = False) -> Rank:
     """One rank; `gpu` says whose kernels its memory is that of."""
+    with _built(plan, rank) as (axes, stages, parts):
+        held = [local(p) for part in parts for p in {id(p): p for p in part.parameters()}.values()]
+        told = _collectives(plan, axes, parts)
+        layers = sorted(int(i) for part in parts for i in part.layers)
+        count = sum(p.numel() for p in held)
+        return Rank(rank, [s for s in stages if s is not None], layers, count, 4 * 4 * count, _peak(plan, axes, parts, gpu), told)
+
+
+def peak(plan: Plan, rank: int) -> int:
+    """Most bytes that a rank holds at once in a step, with the kernels of the plan's device."""
+    fake = plan.but(gpu=plan.gpu.but(kind="cpu"), train=plan.train.but(compile=False))
+    with _built(fake, rank) as (axes, _, parts):
+        return _peak(fake, axes, parts, plan.gpu.kind != "cpu")
+
+
+@contextmanager
+def _built(plan: Plan, rank: int) -> Iterator[tuple[parallel.Axes, Sequence[int | None], list[Decoder]]]:
+    """A rank's mesh, and its parts of the model on fake devices."""
     with _world(plan, rank):
-        timeline = Timeline()
         axes = parallel.Axes(plan)
         stages = stages_of(plan, axes.at["pp"]) if axes.pp else [None]
-        parts = [laid_out(plan, axes, timeline, stage) for stage in stages]
+        parts = [laid_out(plan, axes, Timeline(), stage) for stage in stages]
         for part in parts:
             weigh(part, plan.train.global_batch)
-        calls, sizes = Counter[tuple[str, str, int]](), Counter[tuple[str, str, int]]()
         with FakeTensorMode(allow_non_fake_inputs=True):
             for part in parts:
                 part.to_empty(device="cpu")
                 part.tie()
-            held = [local(p) for part in parts for p in {id(p): p for p in part.parameters()}.values()]
-            state = sum(4 * p.numel() * 4 for p in held)
-            for times, last in ((min(1, plan.accumulation - 1), False), (plan.accumulation - 2, False), (1, True)):
-                if times < 1:
-                    continue
-                with Tally(axes.names) as tally:
-                    for part in parts:
-                        _backward(_forward(plan, axes, part, last))
-                for key, (number, size) in tally.found.items():
-                    calls[key] += number * times
-                    sizes[key] += size * times
-            peak = _peak(plan, axes, parts, timeline, gpu)
-        layers = sorted(int(i) for part in parts for i in part.layers)
-        told = [{"kind": k, "axis": a, "ranks": n, "calls": calls[k, a, n], "bytes": sizes[k, a, n]} for k, a, n in sorted(calls)]
-        return Rank(rank, [s for s in stages if s is not None], layers, sum(p.numel() for p in held), state, peak, told)
+            yield axes, stages, parts
+
+
+def _collectives(plan: Plan, axes: parallel.Axes, parts: list[Decoder]) -> list[dict[str, Any]]:
+    """The step's collectives: one micro-batch of each kind traced, and counted as often as it comes."""
+    calls, sizes = Counter[tuple[str, str, int]](), Counter[tuple[str, str, int]]()
+    for times, last in ((min(1, plan.accumulation - 1), False), (plan.accumulation - 2, False), (1, True)):
+        if times < 1:
+            continue
+        with Tally(axes.names) as tally:
+            for part in parts:
+                _backward(_forward(plan, axes, part, last))
+        for key, (number, size) in tally.found.items():
+            calls[key] += number * times
+            sizes[key] += size * times
+    return [{"kind": k, "axis": a, "ranks": n, "calls": calls[k, a, n], "bytes": sizes[k, a, n]} for k, a, n in sorted(calls)]
 
 
 def _forward(plan: Plan, axes: parallel.Axes, part: Decoder, last: bool) -> torch.Tensor:
@@ -123,7 +140,7 @@ def _backward(out: torch.Tensor) -> None:
     out.backward(None if out.dim() == 0 else torch.zeros_like(out))
 
 
-def _peak(plan: Plan, axes: parallel.Axes, parts: list[Decoder], timeline: Timeline, gpu: bool) -> int:
+def _peak(plan: Plan, axes: parallel.Axes, parts: list[Decoder], gpu: bool) -> int:
     """Most bytes at once in a step: of the trainer's own forward and backward passes in its schedule's order, then of its optimizer.
 
     The micro-batches that a rank holds at once are rehearsed; later ones hold no more, but for what they are received into.
@@ -135,13 +152,22 @@ def _peak(plan: Plan, axes: parallel.Axes, parts: list[Decoder], timeline: Timel
     with Ones(), fused() if gpu else nullcontext(), Tracker([*parts, *optimizer.parts]) as tracker:
         if axes.pp is not None:
             lost = partial(_loss, plan, axes)
-            Pipeline(parts, plan, axes.pp, tokens.device, timeline, lost).step(tokens, tokens, None)
+            Pipeline(parts, plan, axes.pp, tokens.device, Timeline(), lost).step(tokens, tokens, None)
         else:
             for number, micro in enumerate(tokens.split(plan.train.micro_batch), 1):
                 parallel.synchronise(parts[0], number == count)
                 _loss(plan, axes, parts[0](micro), micro).backward()
         optimizer.step(0.0)
-    return tracker.peak()
+    return tracker.peak() + (plan.accumulation - count) * _received(plan, axes)
+
+
+def _received(plan: Plan, axes: parallel.Axes) -> int:
+    """Bytes that torch's pipeline stages of a rank keep for each micro-batch to receive activations and their gradients into."""
+    if axes.pp is None:
+        return 0
+    last, tokens = plan.mesh.pp * plan.mesh.vpp - 1, plan.train.micro_batch * plan.train.seq_len // (plan.mesh.cp * plan.mesh.tp)
+    ends = sum((stage > 0) + (stage < last) for stage in stages_of(plan, axes.pp.rank))
+    return ends * tokens * plan.model.hidden * (2 if plan.train.half else 4)
 
 
 class Tally(TorchDispatchMode):

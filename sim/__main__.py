@@ -19,7 +19,9 @@ from sim import whatif
 from sim.expect import banded
 from sim.kernels import rates
 from sim.life import live
+from sim.memory import PARTS
 from sim.pretrain import pace, uncertain
+from sim.room import line, verdict
 from sim.story import tell
 from sim.summary import spread, summary
 
@@ -72,8 +74,9 @@ def main(args: list[str]) -> int:
         return versus(plan, load([*overrides, *words(options["vs"])], options["plan"]), options)
     folder = Path(options["runs"]) / plan.id / "sim"
     told = predict(plan, folder, lives)
-    if plan.gpu.memory < told["quantities"]["pretrain.peak_memory"]["value"]:
-        print(misfit(plan, told), file=sys.stderr)
+    fits = verdict(plan)
+    if not fits["fits"]:
+        print(line(plan, fits), file=sys.stderr)
     again = [f"plan={options['plan']}"] * bool(options["plan"]) + overrides
     print(json.dumps(told) if quiet else table(plan, told["quantities"]) + farewell(folder, again))
     return 0
@@ -134,9 +137,9 @@ def versus(one: Plan, other: Plan, options: Mapping[str, str]) -> int:
     if flag(options, "json"):
         print(json.dumps({"plans": told}))
         return 0
-    for plan, side in zip(plans, told, strict=True):
-        if plan.gpu.memory < side["quantities"]["pretrain.peak_memory"]["value"]:
-            print(f"{plan.id} {misfit(plan, side)}", file=sys.stderr)
+    for plan in plans:
+        if not (fits := verdict(plan))["fits"]:
+            print(f"{plan.id} {line(plan, fits)}", file=sys.stderr)
     print(whatif.table(plans, (pace(one), pace(other)), (told[0]["quantities"], told[1]["quantities"])))
     return 0
 
@@ -151,12 +154,6 @@ def predict(plan: Plan, folder: Path, lives: int = 1) -> dict[str, Any]:
     return summarise(folder, plan.id, "sim", spread(told) if lives > 1 else banded(plan, step, told[0]))
 
 
-def misfit(plan: Plan, told: Mapping[str, Any]) -> str:
-    need = told["quantities"]["pretrain.peak_memory"]["value"]
-    cure = "raise mesh.tp, mesh.pp or cluster.nodes, or set train.recompute=full"
-    return f"does not fit: needs {show(need, 'B')} of {show(plan.gpu.memory, 'B')} a device; {cure}"
-
-
 def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
     """The prediction for a person: what runs, what it comes to, where the time goes."""
     mesh = " × ".join(f"{axis} {degree}" for axis, degree in plan.axes.items() if degree > 1) or "one rank"
@@ -167,7 +164,15 @@ def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
         known = [name for name in names if name in quantities]
         lines += ["", title] if known else []
         lines += [f"  {_words(name):22} {_shown(quantities[name]):24}{_published(plan, name)}".rstrip() for name in known]
+        lines += [_parts(quantities)] if "pretrain.peak_memory" in known else []
     return "\n".join([*lines, "", "where the time goes", *_where(quantities)])
+
+
+def _parts(quantities: Mapping[str, Mapping[str, Any]]) -> str:
+    """The parts of the peak memory, largest first; those below 1% are left out."""
+    sizes = {part: quantities[f"pretrain.memory_{part}"]["value"] for part in PARTS}
+    shown = [part for part in sorted(PARTS, key=lambda part: -sizes[part]) if sizes[part] >= 0.01 * sum(sizes.values())]
+    return f"    {'of which':20} " + ", ".join(f"{part} {show(sizes[part], 'B')}" for part in shown)
 
 
 def _size(parameters: float) -> str:

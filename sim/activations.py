@@ -90,7 +90,10 @@ def _attention(p: Any) -> tuple[Any, Any]:
     spread = np.where(gathers, (p.cp - 1) * np.where(latent, wide + value, 2 * key), value * np.greater(p.cp, 1))
     scores = (1 - p.fused_attention) * 2.5 * p.heads * p.seq_len  # in elements of 2 bytes
     kept = np.where(latent, 2 * wide + 3 * value, ordinary) + spread + scores
-    products = np.where(latent, wide + 3 * value, wide + 2 * key + value)
+    sent = np.where(latent, wide + value, 2 * key)  # what came over the network is kept with them; a ring's last rank has all parts whole
+    ring, traded = (p.cp - 1) * (np.where(latent, 2 * wide, 2 * key) + value), sent + wide + value
+    sent = np.greater(p.cp, 1) * np.where(p.gathers, p.cp * sent, np.where(p.rings, ring, traded))
+    products = np.where(latent, wide + 3 * value, wide + 2 * key + value) + sent
     mask = gathers * p.seq_len / p.micro_batch
     return kept / p.tp + mask + latent * (narrow + mla.q_rank + mla.kv_rank), products / p.tp + latent * narrow
 

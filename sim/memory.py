@@ -20,12 +20,7 @@ from sim.kernels import Array
 
 USABLE = 0.94  # of a device's memory that a run can use: the rest is the driver's, NCCL's, and holes
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "muon": 4.0}  # bytes a parameter; 8 bits have a scale a block of 256
-PARTS = {
-    "activations": "kept from forward to backward", "working": "held by a block's backward pass, what it recomputes included",
-    "logits": "logits with their loss", "experts": "rows on their way to experts and back", "messages": "what pipeline stages receive into",
-    "gathered": "unsharded copies of parameters", "gradients": "unsharded gradients, and buffers of their reduction",
-    "state": "weights and moments, and gradients that are reduced",
-}  # fmt: skip
+PARTS = ("activations", "working", "logits", "experts", "messages", "gathered", "gradients", "state")  # said in conf.record
 Moment: TypeAlias = dict[str, Any]  # bytes by part; a part that is not there is 0
 
 

@@ -9,6 +9,8 @@ from conf.plan import Plan
 from conf.record import Value
 from sim.cluster import per_second
 from sim.life import History
+from sim.memory import PARTS, memory
+from sim.parallel import columns
 
 
 def summary(history: History) -> dict[str, Value]:
@@ -32,6 +34,8 @@ def pretraining(history: History) -> dict[str, float]:
         "parameters": float(parameters(plan.model)),
         "checkpoint_bytes": float(state_bytes(plan.model)),
     }
+    held = memory(columns([plan]))
+    told |= {f"memory_{part}": float(held.part(part).max()) for part in PARTS}
     tokens = plan.samples(history.steps) * plan.train.seq_len
     return told | ({"final_loss": loss(plan, tokens)} if plan.law.name != "none" and tokens else {})
 
