@@ -4,7 +4,7 @@ that have shapes and no numbers."""
 import resource
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -67,17 +68,45 @@ class Hookless:
 
 
 class Tracker(MemTracker):
-    """Torch's tracker of live storages, without its tables by module."""
+    """Torch's tracker of live storages, without its tables by module, and without the whole tensors that DTensor makes up to learn
+    the shape of a result."""
 
     def __init__(self, held: Sequence[nn.Module | torch.optim.Optimizer]) -> None:
         super().__init__()
         self._mod_tracker = Hookless()  # type: ignore[assignment]
+        self._aside = False
         self.track_external(*held)
 
     def peak(self) -> int:
         """Most bytes at once of tensors that are not on the meta device."""
         found = self.get_tracker_snapshot("peak")
         return sum(int(held["Total"]) for device, held in found.items() if device.type != "meta")
+
+    def __enter__(self) -> "Tracker":
+        self._lock = ShardingPropagator._fake_mode_lock
+        ShardingPropagator._fake_mode_lock = self.aside()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        ShardingPropagator._fake_mode_lock = self._lock
+
+    def aside(self) -> AbstractContextManager[None]:
+        """What is made in here is not counted; to be entered as often as wanted."""
+        tracker = self
+
+        class Aside(AbstractContextManager[None]):
+            def __enter__(self) -> None:
+                tracker._aside = True
+
+            def __exit__(self, *_: Any) -> None:
+                tracker._aside = False
+
+        return Aside()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {})) if self._aside else super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class Ones(TorchDispatchMode):

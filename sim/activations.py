@@ -39,11 +39,12 @@ def blocks(p: Any, eager: bool) -> SimpleNamespace:
     attention, products = _attention(p)
     wide, narrow = _feed_forward(p, p.ffn / tp, fused)
     inner = _mixture(p, fused, eager)
-    inputs = h / tp + np.where(gathered, h, h / tp)  # of a norm, and of the matrices after it
-    none = inputs + attention, inputs + wide, h / tp + ((moe.shared > 0) * inputs if eager else inputs) - eager * (moe.shared > 0) * h / tp + inner
+    normed = np.where(gathered, h, h / tp)  # a norm's output, the input of the matrices after it; of routed experts the router's copy is
+    mixture = h / tp + np.where(eager & np.equal(moe.shared, 0), 0.0, normed) + inner
+    none = h / tp + normed + attention, h / tp + normed + wide, mixture
     # A half of a block keeps its input and what its last matrix gave; over tp also its input gathered and its output before the sum.
     half = 2 * h / tp + np.where(gathered, 2 * h, 0.0)
-    some = half + products, half + narrow, none[2]
+    some = half + products, half + narrow, mixture
 
     def kept(feed: int) -> Any:
         return size * np.where(p.recompute, h / tp, np.where(p.selective, some[0] + some[feed], none[0] + none[feed]))

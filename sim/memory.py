@@ -146,28 +146,29 @@ def _sharded(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Mom
     final = (several * FP32 * (unit + table - head) + FP32 * unit) * alone + tied
     copies = np.where((p.tp > 1) | (p.pp > 1), 3 * FP32 + size, 3 * FP32)  # logits as they are, where the loss does not own them
     late = size * (table + (stage.held - table) / p.vpp) * (p.parted * ~np.equal(p.dual, 1))  # gradients of weights, not yet added
-    acts, after_head, after_one = stage.activations, state + shard * head, state + shard * (head + unit)
-    reduced = state + FP32 * stage.shard
+    acts, reduced = stage.activations, state + FP32 * stage.shard
+    back = {"gathered": around, "activations": acts}
+    fewer = back | {"activations": acts - block.kept, "working": alone * block.working}
     moments = [
-        {"gradients": first + size * block.down, "working": block.working, "activations": acts, "gathered": around, "state": after_head},
-        {"gradients": first + size * block.feed, "working": block.attending, "activations": acts - block.freed, "gathered": around, "state": state},
-        {"gradients": second + size * block.down, "working": alone * block.working, "activations": acts - block.kept, "gathered": around,
-         "state": after_one},
-        {"gradients": final + size * block.down, "working": alone * block.working, "activations": alone * block.kept, "gathered": around,
-         "state": reduced},
-        {"gradients": np.where(several, added + FP32 * unit, (FP32 + size) * unit) * alone, "activations": acts - alone * block.kept,
-         "gathered": around, "state": state},
+        back | {"gradients": first + size * block.down, "working": block.working, "state": state + shard * head},
+        back | {"gradients": first + size * block.feed, "working": block.attending, "activations": acts - block.freed, "state": state},
+        fewer | {"gradients": second + size * block.down, "state": state + shard * (head + unit)},
+        fewer | {"gradients": final + size * block.down, "activations": alone * block.kept, "state": reduced},
+        back | {"gradients": np.where(several, added + FP32 * unit, (FP32 + size) * unit) * alone, "activations": acts - alone * block.kept,
+                "state": state},
         {"state": reduced},
     ]  # fmt: skip
     if stage.ending:
-        loss = {"gradients": added + late, "activations": acts, "gathered": unsharded, "logits": copies * stage.logits + stage.outputs}
-        heads = {"gradients": added + alone * (FP32 + ~several * size) * head, "activations": acts, "gathered": unsharded, "logits": 0.0}
-        moments += [moment | {"logits": moment["logits"] + stage.ends, "state": state} for moment in (loss, heads)]
-    if np.any(block.routed > 0):
-        gathered = around + alone * size * 2 * block.routed  # in the order of the ranks, and in their own
-        moments.append({"gradients": first, "working": block.mixture, "experts": block.rows, "activations": acts, "gathered": gathered, "state": state})
+        ends = back | {"gathered": unsharded, "state": state}
+        moments += [
+            ends | {"gradients": added + late, "logits": copies * stage.logits + stage.outputs + stage.ends},
+            ends | {"gradients": added + alone * (FP32 + ~several * size) * head, "logits": stage.ends},
+        ]
+    if np.any(block.routed > 0):  # their units are gathered in the order of the ranks, and then in their own
+        experts = {"gathered": around + alone * size * 2 * block.routed, "working": block.mixture, "experts": block.rows}
+        moments.append(back | experts | {"gradients": first, "state": state})
     if np.any(p.parted):
-        moments.append({"gradients": added, "activations": stage.waits, "gathered": unsharded, "state": state})
+        moments.append(back | {"gathered": unsharded, "gradients": added, "activations": stage.waits, "state": state})
     return moments
 
 
