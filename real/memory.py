@@ -74,7 +74,7 @@ class Tracker(MemTracker):
     def __init__(self, held: Sequence[nn.Module | torch.optim.Optimizer]) -> None:
         super().__init__()
         self._mod_tracker = Hookless()  # type: ignore[assignment]
-        self._aside = False
+        self.aside = False
         self.track_external(*held)
 
     def peak(self) -> int:
@@ -83,8 +83,8 @@ class Tracker(MemTracker):
         return sum(int(held["Total"]) for device, held in found.items() if device.type != "meta")
 
     def __enter__(self) -> "Tracker":
-        self._lock = ShardingPropagator._fake_mode_lock
-        ShardingPropagator._fake_mode_lock = self.aside()
+        self._lock = ShardingPropagator._fake_mode_lock  # DTensor takes it around what it makes up
+        ShardingPropagator._fake_mode_lock = Uncounted(self)
         super().__enter__()
         return self
 
@@ -92,21 +92,21 @@ class Tracker(MemTracker):
         super().__exit__(*args)
         ShardingPropagator._fake_mode_lock = self._lock
 
-    def aside(self) -> AbstractContextManager[None]:
-        """What is made in here is not counted; to be entered as often as wanted."""
-        tracker = self
-
-        class Aside(AbstractContextManager[None]):
-            def __enter__(self) -> None:
-                tracker._aside = True
-
-            def __exit__(self, *_: Any) -> None:
-                tracker._aside = False
-
-        return Aside()
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {})) if self._aside else super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {})) if self.aside else super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Uncounted(AbstractContextManager[None]):
+    """While this is entered a tracker looks aside."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    def __enter__(self) -> None:
+        self.tracker.aside = True
+
+    def __exit__(self, *_: Any) -> None:
+        self.tracker.aside = False
 
 
 class Ones(TorchDispatchMode):
