@@ -42,6 +42,8 @@ STEPS = (
 )  # fmt: skip
 KERNELS = ("gpu", "op", "peak_tflops", "m", "n", "k", "seq", "heads", "qk_head_dim", "v_head_dim", "efficiency")
 COLLECTIVES = ("op", "gpu", "ranks", "nodes", "bytes", "time_us")
+BRIDGE, FUSED = (25, 9), (26, 6)  # releases since when Megatron-Bridge is measured, and experts run in fused kernels on BLACKWELL
+BLACKWELL = ("b200", "b300", "gb200", "gb300")
 DEEP = 61  # layers of the whole models that start with dense ones (DeepSeek-V2 has 60)
 _CAP = re.compile(r"(?:cap|limit)\w*[^;,.]{0,16}?(\d{3,4}) ?W\b|(\d{3,4}) ?W\b[^;,.]{0,16}?(?:cap|limit)", re.IGNORECASE)
 _FABRIC = re.compile(r"(?:(\d+) ?x ?)?(\d+) ?Gb(?:/s|ps)? (?:RoCE|InfiniBand|inter-node)", re.IGNORECASE)
@@ -53,6 +55,14 @@ class Replayed(NamedTuple):
 
     rows: pd.DataFrame
     failed: dict[Any, str]
+
+
+class Software(NamedTuple):
+    """What a release of Megatron does with a mixture of experts."""
+
+    etp: bool = True  # whether tensor-parallel ranks share experts, the default of Megatron-Core
+    tokens: bool = False  # whether a token is sent once to a rank (DeepEP, HybridEP)
+    fused: bool = False  # whether the experts' other kernels ride on their products, Transformer Engine's on Blackwell
 
 
 class Unplayable(ValueError):
@@ -73,7 +83,7 @@ def steps_of(frame: pd.DataFrame) -> Replayed:
     ideal = p.tokens_per_step * flops_per_token(p, p.seq_len) * again * np.where(p.frozen, 2 / 3, 1.0) / (p.peak * p.ranks)
     classes = [f"{plan.gpu.name} {plan.train.precision}" for plan in settled]
     kinds = ["moe" if plan.model.moe.experts else "dense" for plan in settled]
-    rows = _table(index, told.step_time, [plan.gpu.error for plan in settled], ideal, classes, kinds)
+    rows = _table(index, told.step_time, told.error, ideal, classes, kinds)
     return Replayed(rows.assign(memory=told.memory), failed)
 
 
@@ -93,7 +103,7 @@ def _played(frame: pd.DataFrame) -> tuple[list[Plan], Any, list[Any], dict[Any, 
     plans, failed = _each(frame, plan_of)
     unsaid = [not _word(frame.loc[index], "recompute") for index in plans]
     frozen = [str(frame["method"][index]).lower() == "lora" if "method" in frame else False for index in plans]
-    return _least(list(plans.values()), np.array(unsaid)), np.array(frozen), list(plans), failed
+    return _least(list(plans.values()), np.array(unsaid), np.array(frozen)), np.array(frozen), list(plans), failed
 
 
 def kernel_plan(row: Mapping[str, Any]) -> Plan:
@@ -101,8 +111,9 @@ def kernel_plan(row: Mapping[str, Any]) -> Plan:
     return _base(*_part(row)).but(**{"train.precision": "bf16", "train.compile": True})
 
 
-def _least(plans: list[Plan], unsaid: Any) -> list[Plan]:
-    """The plans with the least recomputation that fits, where it was not said; gradients may then be kept in half precision."""
+def _least(plans: list[Plan], unsaid: Any, frozen: Any) -> list[Plan]:
+    """The plans with the least recomputation that fits, where it was not said; gradients may then be kept in half precision. What
+    does not fit with any was made to fit by something else, so that recomputation would not have been needed either."""
     if not plans:
         return plans
     choices = [[plan.but(**{"train.recompute": how}) for plan in plans] for how in ("none", "selective", "full")]
@@ -110,8 +121,9 @@ def _least(plans: list[Plan], unsaid: Any) -> list[Plan]:
     needed = []
     for choice in choices:
         p = columns(choice)
+        p.frozen = frozen
         needed.append(memory(p).total - np.where(p.zero == 1, 2 * held(p), 0.0))
-    least = np.where(needed[0] < room, 0, np.where(needed[1] < room, 1, 2))
+    least = np.where((needed[0] < room) | (needed[2] >= room), 0, np.where(needed[1] < room, 1, 2))
     return [choices[k][i] if unsaid[i] else plan for i, (plan, k) in enumerate(zip(plans, least, strict=True))]
 
 
@@ -210,6 +222,13 @@ def fabric(notes: str, gpus_per_node: int) -> float | None:
     return int(found[1] or 1) * int(found[2]) * 1e9 / gpus_per_node if found else None
 
 
+def software(release: str) -> Software:
+    """What the release of a row does; releases are named by year and month."""
+    found = re.match(r"v?(\d\d)\.(\d\d)", release)
+    made = (int(found[1]), int(found[2])) if found else (0, 0)
+    return Software(etp=made < BRIDGE, tokens=made >= BRIDGE, fused=made >= FUSED)
+
+
 def power_cap(text: str) -> float | None:
     """Watts to which each device was limited, where a row tells."""
     found = _CAP.search(text)
@@ -228,7 +247,7 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
         raise Unplayable(f"tp × cp × pp × dp = {product}, but num_gpus={sizes['num_gpus']}")
     if sizes["global_batch_seqs"] < sizes["dp"]:
         raise Unplayable(f"global_batch_seqs={sizes['global_batch_seqs']} is less than dp={sizes['dp']}")
-    base = _base(*part)
+    base, experts, ep = _base(*part), _count(row, "experts", 0), _count(row, "ep", 1)
     precision = {"nvfp4": "fp4", "mxfp8": "fp8"}.get(str(row["precision"]).lower(), str(row["precision"]).lower())
     if base.gpu.peak(precision) is None:
         raise Unplayable(f"precision={row['precision']}: {base.gpu.name} has no such rate in conf/gpu")
@@ -242,15 +261,22 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
     stage, batch = zero_stage(said), sizes["global_batch_seqs"]
     fused = stage < 2 or _count(row, "compile", 0) > 0 or re.search("jax|pax", said, re.IGNORECASE) is not None
     early = re.match("FULL_SHARD|SHARD_GRAD_OP|HYBRID_SHARD", said) is not None  # the names of torch's first FSDP, of 2022 and 2023
+    replicated = re.search(r"zero1=(-?\d+)", said)  # InternEvo's word for the ranks among which optimizer states are sharded
+    shards = int(replicated[1]) if replicated and 0 < int(replicated[1]) < sizes["dp"] else sizes["dp"]
+    made = software(_word(row, "release"))
+    etp = sizes["tp"] if made.etp and experts and stage < 3 and sizes["dp"] * sizes["cp"] % ep == 0 else 1
     return base.but(
         gpu=base.gpu.but(early=early),
         model=model_of(row),
         cluster=cluster,
         power=power,
-        mesh=base.mesh.but(dp_replicate=1, dp_shard=sizes["dp"], cp=sizes["cp"], tp=sizes["tp"], pp=sizes["pp"], vpp=sizes["vpp"],
-                           ep=_count(row, "ep", 1), zero=stage),
+        mesh=base.mesh.but(dp_replicate=sizes["dp"] // shards, dp_shard=shards, cp=sizes["cp"], tp=sizes["tp"], pp=sizes["pp"],
+                           vpp=sizes["vpp"], ep=ep, etp=etp, zero=stage, dispatch="tokens" if made.tokens else "copies",
+                           overlap_experts=made.tokens and sizes["vpp"] > 1 and ep > cluster.domain_ranks),
         train=base.train.but(precision=precision, seq_len=sizes["seq_len"], global_batch=batch, compile=fused,
                              micro_batch=min(sizes["micro_batch"], batch // sizes["dp"]), recompute=_recompute(row),
+                             fused_gradients=stage < 2 and precision != "fp16" and replicated is None,
+                             fused_experts=made.fused and part[0] in BLACKWELL,
                              fused_attention=precision != "fp16"),  # fp16 tables are older than FlashAttention
     )  # fmt: skip
 
@@ -279,8 +305,14 @@ def model_of(row: Mapping[str, Any]) -> Model:
         head=family.get("head"), ffn=_count(row, "ffn_hidden"), gated=not classic, vocab=_count(row, "vocab"), tied=classic,
         positions="learned" if classic else "rope", context=_count(row, "seq_len") if classic else None, layer_norm=classic,
         qk_norm="qwen3" in name.lower(), rope_theta=1e4, norm_epsilon=1e-5, moe=moe,
-        mla=Mla(kv_rank=latent[0], q_rank=latent[1], rope=latent[2]) if latent else Mla(), source="a row of a table",
+        mla=Mla(kv_rank=latent[0], q_rank=latent[1], rope=latent[2]) if latent else Mla(), mtp=_further(row, name),
+        source="a row of a table",
     )  # fmt: skip
+
+
+def _further(row: Mapping[str, Any], name: str) -> int:
+    """Blocks for further tokens: Megatron-Bridge measures DeepSeek-V3 with its one."""
+    return int(re.search("deepseek-?v3", name, re.IGNORECASE) is not None and software(_word(row, "release")).tokens)
 
 
 def _part(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -79,6 +79,9 @@ class Rates:
     nic: float  # fraction of the network's bandwidth that collectives reach
     shard_unit: float  # s that sharding adds to a unit's forward and backward
     shard_copy: float  # B/s of copying a unit's parameters and gradients
+    error: float  # standard deviations of log(predicted / measured): of dense models,
+    mixture_error: float  # of mixtures of experts,
+    host_error: float  # and what is added, in squares, where blocks wait for the host
     extract_rate: float
     dedup_rate: float
     train_rate: float
@@ -143,6 +146,9 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         nic=gpu.nic_efficiency,
         shard_unit=pick("shard_unit.latency", 0.0),
         shard_copy=pick("shard_unit.bandwidth", memory),
+        error=gpu.error,
+        mixture_error=gpu.mixture_error,
+        host_error=gpu.host_error if tiled else 0.0,
         extract_rate=pick("extract_rate", plan.data.extract_rate),
         dedup_rate=pick("dedup_rate", plan.data.dedup_rate),
         train_rate=pick("train_rate", plan.tokenizer.train_rate),
@@ -197,7 +203,9 @@ class Device:
 
     def seconds(self, work: "Work") -> Array:
         """Time of some work at this device's rates."""
-        return np.asarray(self.each([work])[0])
+        if work.products or work.chain is not None:
+            return np.asarray(self.each([work])[0])
+        return np.asarray(work.times * (work.launches * self["launch"] + work.bytes / self[f"bandwidth.{work.kind}"]))  # it only moves
 
     def each(self, works: Sequence["Work"]) -> Array:
         """Times of some works, on a new first axis.
