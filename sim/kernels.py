@@ -207,15 +207,15 @@ class Device:
             return np.asarray(self.each([work])[0])
         return np.asarray(work.times * (work.launches * self["launch"] + work.bytes / self[f"bandwidth.{work.kind}"]))  # it only moves
 
-    def each(self, works: Sequence["Work"]) -> Array:
-        """Times of some works, on a new first axis.
+    def each(self, works: Sequence["Work"], share: Sequence[Any] | None = None) -> Array:
+        """Times of some works, or of a share of each, on a new first axis.
 
         Stacked, because a plan's sixty operations one by one spend more time in calls than in arithmetic.
         """
         rate, bandwidth, flops, size, launches, times = stacked(
             [self[f"rate.{work.kind}"] for work in works], [self[f"bandwidth.{work.kind}"] for work in works],
             [work.flops for work in works], [work.bytes for work in works], [work.launches for work in works],
-            [work.times for work in works],
+            [work.times if share is None else work.times * share[place] for place, work in enumerate(works)],
         )  # fmt: skip
         arithmetic, memory = flops / rate, size / bandwidth
         if np.isfinite(self["units"]).any():
@@ -284,6 +284,11 @@ class Work:
     chain: Any = None  # FLOPs of one unit while the others have ended
     times: Any = 1
     fused: float = 1.0  # share of the bytes that fused code moves
+
+    @property
+    def single(self) -> bool:
+        """Whether it is a kernel of its own, which nothing fuses: a product or attention."""
+        return bool(self.products) or self.chain is not None
 
     def __mul__(self, times: Any) -> "Work":
         return Work(self.kind, self.flops, self.bytes, self.launches, self.products, self.chain, self.times * times, self.fused)

@@ -298,11 +298,15 @@ def _spent(p: Any, device: Device) -> dict[str, Array]:
     attention (which selective recomputation does again), of its weights' gradients, and of the model's ends."""
     parts = {name: block_work(p, name) for name in ("forward", "backward")}
     parts |= {f"ends.{stage}": _ends(p, stage) for stage in ("forward", "backward")}
-    seconds = iter(device.each([work for works in parts.values() for work in works]))
-    timed = {name: [(work, _once(p, device, work) * next(seconds)) for work in works] for name, works in parts.items()}
-    timed["weights"] = [(work, 0.5 * time) for work, time in timed["backward"] if work.products]
-    timed["small"] = [(work, time) for work, time in timed["forward"] if work.kind.split(".")[0] not in ("matmul", "attention")]
-    spent = {name: device["composition"] * sum(time for _, time in works) for name, works in timed.items()}
+    works = [work for part in parts.values() for work in part]
+    kept, plain = np.where(p.frozen, 0.5, 1.0), ~p.compiled  # of two products frozen weights need the input's gradient alone
+    share = [kept if len(work.products) > 1 else work.fused + (1 - work.fused) * plain for work in works]
+    times = device["composition"] * device.each(works, share)
+    stops = np.cumsum([len(part) for part in parts.values()])
+    rows = dict(zip(parts, np.split(np.arange(len(works)), stops[:-1]), strict=True))
+    spent = {name: times[mine[0] : mine[-1] + 1].sum(axis=0) for name, mine in rows.items()}
+    spent["weights"] = 0.5 * times[[row for row in rows["backward"] if works[row].products]].sum(axis=0)
+    spent["small"] = times[[row for row in rows["forward"] if not works[row].single]].sum(axis=0)
     spent["waiting"] = np.zeros(1)
     for name in ("forward", "backward"):
         alone, host = device["glue"] + spent[name], device["host"] * _calls(p, parts[name])
@@ -311,20 +315,12 @@ def _spent(p: Any, device: Device) -> dict[str, Array]:
     return spent
 
 
-def _once(p: Any, device: Device, work: Work) -> Any:
-    """Share of an operation that is done: compiled, those that only move tensors are fused; frozen weights have no gradient."""
-    if work.products or work.chain is not None:
-        return np.where(p.frozen, 0.5, 1.0) if len(work.products) > 1 else 1.0  # of two products, the input's gradient alone
-    return np.where(p.compiled, work.fused, 1.0)
-
-
 def _calls(p: Any, works: list[Work]) -> Array:
     """Kernels that the host launches in a row, collectives of a tensor-parallel block included; compiling fuses half of
     those that only move tensors."""
-    calls = np.where(p.tp > 1, 4.0, 0.0)
+    calls, some = 4.0 * (p.tp > 1), 1 - 0.5 * p.compiled
     for work in works:
-        single = work.products or work.chain is not None
-        calls = calls + work.launches * work.times * (1.0 if single else np.where(p.compiled, 0.5, 1.0))
+        calls = calls + work.launches * work.times * (1.0 if work.single else some)
     return np.asarray(calls)
 
 
