@@ -91,6 +91,8 @@ def columns(plans: Sequence[Plan]) -> Any:
         "compiled": np.array([p.train.compile for p in plans]),
         "fused_gradients": np.array([p.train.fused_gradients for p in plans]),
         "fused_experts": np.array([p.train.fused_experts for p in plans]),
+        "ulysses": np.array([p.mesh.cp_kind == "ulysses" for p in plans]),
+        "gathered": np.array([p.mesh.cp_kind == "gather" for p in plans]),
         "once": np.array([p.mesh.dispatch == "tokens" for p in plans]),
         "overlap_experts": np.array([p.mesh.overlap_experts for p in plans]),
         "frozen": np.zeros(len(plans), bool),  # weights that have no gradient, as under low-rank adapters
@@ -158,7 +160,8 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
         ends={"F": slowest * spent["ends.forward"], "B": slowest * spent["ends.backward"]}, extra=slowest * shown * ends,
         forward=slowest * forward, backward=slowest * backward, weights=slowest * layers * spent["weights"],
         waiting=spent["waiting"] / block, added=slowest * added, units=_units(p, device, layers),
-        traffic=(1 - hidden) * _tensor_traffic(p, network, layers) + _experts_shown(p, device, network, layers, forward + backward),
+        traffic=(1 - hidden) * _tensor_traffic(p, network, layers) + _context_traffic(p, device, network, layers, spent)
+        + _experts_shown(p, device, network, layers, forward + backward),
         send=send,
         sends=_sends(p, send), sharding=_sharding(p, network, layers, p.accumulation), agreed=agreed,
         optimizer=_optimizer(p, device) + agreed,
@@ -295,7 +298,7 @@ def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
 
 def _spent(p: Any, device: Device) -> dict[str, Array]:
     """Seconds on one micro-batch of a block, forward and backward, of its forward operations besides matrix products and
-    attention (which selective recomputation does again), of its weights' gradients, and of the model's ends."""
+    attention (which selective recomputation does again), of its attention, of its weights' gradients, and of the model's ends."""
     parts = {name: block_work(p, name) for name in ("forward", "backward")}
     parts |= {f"ends.{stage}": _ends(p, stage) for stage in ("forward", "backward")}
     works = [work for part in parts.values() for work in part]
@@ -306,6 +309,8 @@ def _spent(p: Any, device: Device) -> dict[str, Array]:
     rows = dict(zip(parts, np.split(np.arange(len(works)), stops[:-1]), strict=True))
     spent = {name: times[mine[0] : mine[-1] + 1].sum(axis=0) for name, mine in rows.items()}
     spent["weights"] = 0.5 * times[[row for row in rows["backward"] if works[row].products]].sum(axis=0)
+    for stage in ("forward", "backward"):
+        spent[f"attention.{stage}"] = times[[row for row in rows[stage] if works[row].chain is not None]].sum(axis=0)
     spent["small"] = times[[row for row in rows["forward"] if not works[row].single]].sum(axis=0)
     spent["waiting"] = np.zeros(1)
     for name in ("forward", "backward"):
@@ -353,9 +358,30 @@ def _tensor_traffic(p: Any, network: Network, layers: Array) -> Array:
     forward pass is."""
     size = p.micro_batch * p.seq_len / p.cp * p.hidden * p.size
     pair = network.collective("all_gather", "tp", size) + network.collective("reduce_scatter", "tp", size)
-    keys = 2 * p.micro_batch * p.seq_len * p.kv_heads * p.head_dim / p.tp * p.size
-    context = network.collective("all_gather", "cp", keys) + network.collective("reduce_scatter", "cp", keys)
-    return np.asarray(layers * (np.where(p.recompute, 6, 4) * pair + np.where(p.cp > 1, context, 0.0)))
+    return np.asarray(layers * np.where(p.recompute, 6, 4) * pair)
+
+
+def _context_traffic(p: Any, device: Device, network: Network, layers: Array, spent: dict[str, Array]) -> Array:
+    """What spreading sequences over cp adds to one micro-batch.
+
+    ring: keys and values go round in cp − 1 hops each pass, beside the attention to those at hand, and on the way back their fp32
+    gradients too (Liu et al. 2023, Ring Attention, section 3); gather: they are gathered, their gradients reduced (Llama 3, arXiv
+    2407.21783, section 3.3.2); ulysses: queries, keys, values and outputs trade sequence for heads (Jacobs et al. 2023).
+    """
+    if not _some(p.cp > 1):
+        return np.zeros(1)
+    tokens, forwards = p.micro_batch * p.seq_len / p.cp / p.tp * p.size, np.where(p.recompute, 2, 1)
+    latent = p.mla.kv_rank > 0
+    keys = tokens * np.where(latent, query_width(p) + value_width(p), 2 * p.kv_heads * p.head_dim)
+    hop, late = network.send("cp", keys), network.send("cp", keys * 4 / p.size)
+    round_ = {"forward": forwards * (p.cp - 1) * hop, "backward": (p.cp - 1) * hop + p.cp * late}
+    beside = {"forward": forwards * spent["attention.forward"], "backward": spent["attention.backward"]}
+    hidden = sum(np.where(p.beside, np.minimum(round_[stage], beside[stage]), 0.0) for stage in round_)
+    ring = sum(round_.values()) - (1 - device["slowdown"]) * hidden
+    gathered = forwards * network.collective("all_gather", "cp", keys * p.cp) + network.collective("reduce_scatter", "cp", keys * p.cp)
+    traded = tokens * (query_width(p) + value_width(p)) + keys
+    ulysses = (forwards + 1) * network.all_to_all(p.cp, 1.0, traded, p.tp)
+    return np.asarray(layers * (p.cp > 1) * np.where(p.ulysses, ulysses, np.where(p.gathered, gathered, ring)))
 
 
 def _expert_traffic(p: Any, network: Network, layers: Array) -> Array:
