@@ -233,7 +233,7 @@ class Mesh(Node):
     pp: int = say("pipeline parallel: stages", must=POSITIVE)
     ep: int = say("expert parallel: neighbouring ranks of tp, cp and dp_shard among which the experts are spread", 1, must=POSITIVE)
     etp: int = say("expert tensor parallel: ranks of tp that share the matrices of each expert", 1, must=POSITIVE)
-    dispatch: str = say("what travels to the experts: copies (one for each) or tokens (once to a server and to a rank, as DeepEP)", "copies",
+    dispatch: str = say("what travels to the experts: copies (one for each) or tokens (once to a server and a rank, as DeepEP)", "copies",
                         must=("copies", "tokens"))  # fmt: skip
     overlap_experts: bool = say(
         "whether tokens travel to their experts beside the compute of another micro-batch, as under DualPipe", False
