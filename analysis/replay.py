@@ -257,13 +257,16 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
         cluster = cluster.but(nic_bandwidth=nic)
     cap = power_cap(f"{row['gpu']} {row.get('notes', '')}")
     power = base.power.but(cap=cap if cap and cap < base.gpu.max_power else None)
-    said = str(row.get("zero_stage_or_fsdp", ""))
+    said, told = str(row.get("zero_stage_or_fsdp", "")), " ".join(_word(row, name) for name in ("group", "source", "notes"))
     stage, batch = zero_stage(said), sizes["global_batch_seqs"]
     fused = stage < 2 or _count(row, "compile", 0) > 0 or re.search("jax|pax", said, re.IGNORECASE) is not None
     early = re.match("FULL_SHARD|SHARD_GRAD_OP|HYBRID_SHARD", said) is not None  # the names of torch's first FSDP, of 2022 and 2023
+    # fp16 tables, and the fork of Megatron of 2021, are older than FlashAttention
+    old = precision == "fp16" or re.search("megatron-deepspeed|bigscience", told, re.IGNORECASE) is not None
+    ours = base.gpu.name == "h800" or re.search("dualpipe|deepep|hybridep", told, re.IGNORECASE) is not None  # DeepSeek's ways
     replicated = re.search(r"zero1=(-?\d+)", said)  # InternEvo's word for the ranks among which optimizer states are sharded
     shards = int(replicated[1]) if replicated and 0 < int(replicated[1]) < sizes["dp"] else sizes["dp"]
-    made = software(_word(row, "release"))
+    made = Software(etp=False, tokens=True) if ours else software(_word(row, "release"))
     etp = sizes["tp"] if made.etp and experts and stage < 3 and sizes["dp"] * sizes["cp"] % ep == 0 else 1
     return base.but(
         gpu=base.gpu.but(early=early),
@@ -272,17 +275,19 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
         power=power,
         mesh=base.mesh.but(dp_replicate=sizes["dp"] // shards, dp_shard=shards, cp=sizes["cp"], tp=sizes["tp"], pp=sizes["pp"],
                            vpp=sizes["vpp"], ep=ep, etp=etp, zero=stage, dispatch="tokens" if made.tokens else "copies",
-                           overlap_experts=made.tokens and sizes["vpp"] > 1 and ep > cluster.domain_ranks),
+                           overlap_experts=made.tokens and (ours or sizes["vpp"] > 1) and ep > cluster.domain_ranks),
         train=base.train.but(precision=precision, seq_len=sizes["seq_len"], global_batch=batch, compile=fused,
                              micro_batch=min(sizes["micro_batch"], batch // sizes["dp"]), recompute=_recompute(row),
-                             fused_gradients=stage < 2 and precision != "fp16" and replicated is None,
+                             fused_gradients=stage < 2 and replicated is None,
                              fused_experts=made.fused and part[0] in BLACKWELL,
-                             fused_attention=precision != "fp16"),  # fp16 tables are older than FlashAttention
+                             fused_attention=not old),
     )  # fmt: skip
 
 
 def _recompute(row: Mapping[str, Any]) -> str:
     said = _word(row, "recompute") or "none"
+    if said == "selective" and zero_stage(_word(row, "zero_stage_or_fsdp")) < 3 and not _count(row, "experts", 0):
+        return "attention"  # Megatron's word for the core of attention (Korthikanti et al. 2022, section 5)
     if said not in ("none", "selective", "full"):
         raise Unplayable(f"recompute={said} is not none, selective or full")
     return said
@@ -325,7 +330,7 @@ def _part(row: Mapping[str, Any]) -> tuple[str, str]:
 
 @cache
 def _base(gpu: str, cluster: str) -> Plan:
-    return load([f"gpu={gpu}", f"cluster={cluster}", "train.global_batch=5040", "train.micro_batch=1"])
+    return load([f"gpu={gpu}", f"cluster={cluster}", "cluster.nodes=1", "train.global_batch=5040", "train.micro_batch=1"])
 
 
 def _word(row: Mapping[str, Any], name: str) -> str:

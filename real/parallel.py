@@ -64,6 +64,8 @@ def _unbuilt_model(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "model.mla with model.qk_norm or model.layer_norm", "set model.qk_norm=false model.layer_norm=false"
     if model.mtp:
         yield f"model.mtp={model.mtp}", "set model.mtp=0"
+    if plan.train.recompute == "attention":
+        yield "train.recompute=attention", "set train.recompute=selective"
     for key in ("fused_gradients", "fused_experts"):
         if getattr(plan.train, key):
             yield f"train.{key}=true", f"set train.{key}=false"

@@ -71,7 +71,9 @@ def kept(p: Any) -> Array:
     keys = np.where(p.mla.kv_rank > 0, query_width(p) + value_width(p), 2 * p.kv_heads * p.head_dim)
     attention = 4 * p.hidden + query_width(p) + keys + value_width(p) + p.mla.kv_rank + p.mla.q_rank
     experts = (p.moe.top_k + p.moe.shared) * p.moe.ffn * factor + 2 * p.moe.top_k * p.hidden
-    scores = (1 - p.fused_attention) * 2.5 * p.heads * p.seq_len  # 5 a s of Korthikanti et al. 2022, table 2, in elements of 2 bytes
+    scores = (
+        (1 - p.fused_attention) * ~p.core * 2.5 * p.heads * p.seq_len
+    )  # 5 a s of Korthikanti et al. 2022, table 2, in elements of 2 bytes
     return np.asarray((attention + scores + (1 - mixed) * factor * p.ffn + mixed * experts) / p.tp)
 
 

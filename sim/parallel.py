@@ -39,6 +39,9 @@ from sim.schedule import PARTED, V_SHAPED
 ADDS = {"forward": (2, 4 / 3, 7 / 3), "backward": (5, 2 / 3, 20 / 3)}
 
 
+CORE = ("attention.forward", "scores.forward")
+
+
 @dataclass(frozen=True)
 class Steps:
     """One entry a plan; seconds of one step on a rank, whose parts add up to step_time."""
@@ -84,6 +87,7 @@ def columns(plans: Sequence[Plan]) -> Any:
     flags = {
         "recompute": np.array([p.train.recompute == "full" for p in plans]),
         "selective": np.array([p.train.recompute == "selective" for p in plans]),
+        "core": np.array([p.train.recompute == "attention" for p in plans]),
         "parted": np.array([p.mesh.pipeline in PARTED for p in plans]),
         "v_shaped": np.array([p.mesh.pipeline in V_SHAPED for p in plans]),
         "gpipe": np.array([p.mesh.pipeline == "gpipe" for p in plans]),
@@ -142,7 +146,7 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
     """
     layers, spent = _layers_a_stage(p), _spent(p, device)
     slowest = 1 + device["spread"] * np.maximum(0.0, _largest(p.ranks))
-    again = np.where(p.recompute, spent["forward"], np.where(p.selective, spent["small"], 0.0))
+    again = np.where(p.recompute, spent["forward"], np.where(p.selective, spent["small"], np.where(p.core, spent["core"], 0.0)))
     block = spent["forward"] + spent["backward"] + again
     for stage, extra in (("forward", 0.0), ("backward", again)):  # further tokens' blocks lie beside the head
         spent[f"ends.{stage}"] = spent[f"ends.{stage}"] + p.mtp * (spent[stage] + extra)
@@ -298,7 +302,8 @@ def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
 
 def _spent(p: Any, device: Device) -> dict[str, Array]:
     """Seconds on one micro-batch of a block, forward and backward, of its forward operations besides matrix products and
-    attention (which selective recomputation does again), of its attention, of its weights' gradients, and of the model's ends."""
+    attention (which selective recomputation does again), of its attention
+    (with its scores: the core, which may be done again alone), of its weights' gradients, and of the model's ends."""
     parts = {name: block_work(p, name) for name in ("forward", "backward")}
     parts |= {f"ends.{stage}": _ends(p, stage) for stage in ("forward", "backward")}
     works = [work for part in parts.values() for work in part]
@@ -311,6 +316,7 @@ def _spent(p: Any, device: Device) -> dict[str, Array]:
     spent["weights"] = 0.5 * times[[row for row in rows["backward"] if works[row].products]].sum(axis=0)
     for stage in ("forward", "backward"):
         spent[f"attention.{stage}"] = times[[row for row in rows[stage] if works[row].chain is not None]].sum(axis=0)
+    spent["core"] = times[[row for row in rows["forward"] if works[row].kind in CORE]].sum(axis=0)
     spent["small"] = times[[row for row in rows["forward"] if not works[row].single]].sum(axis=0)
     spent["waiting"] = np.zeros(1)
     for name in ("forward", "backward"):

@@ -174,6 +174,7 @@ def _grid(plan: Plan, base: Any, outer: Array, inner: Inner) -> Any:
     p.dp_replicate = np.reshape([float(n) for _, n in inner.shardings], third)
     p.dp_shard = p.dp / p.dp_replicate
     p.recompute = np.reshape([how == "full" for how in inner.recompute], fourth)
+    p.core = np.array(False)
     p.selective = np.reshape([how == "selective" for how in inner.recompute], fourth)
     return p
 
