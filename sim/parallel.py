@@ -39,6 +39,9 @@ from sim.schedule import PARTED, V_SHAPED
 ADDS = {"forward": (2, 4 / 3, 7 / 3), "backward": (5, 2 / 3, 20 / 3)}
 
 
+# Kernels that the host launches for a micro-batch besides its blocks, one after the other because their inputs come from it: what a
+# batch is handed out with, masks and positions, embedding, head, the dozen of a cross-entropy over a parted vocabulary, and backward.
+AROUND = 35
 CORE = ("attention.forward", "scores.forward")
 
 
@@ -140,7 +143,7 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
     forward, backward: compute of a micro-batch, ends included; weights: the part of backward that is the weights' gradients;
     block, ends: the same of one block, and of embedding and head; extra: by how much the ends make their rank busier;
     added: adding a micro-batch's gradients to those before; units: what sharding adds to a micro-batch;
-    waiting: share of the blocks' time in which the device waits for the host;
+    around: launches of a micro-batch besides its blocks; waiting: share of the blocks' time in which the device waits for the host;
     traffic: tensor-, context- and expert-parallel of a micro-batch; send: one message to a neighbour in the pipeline, and
     sends: waiting for those in a step; sharding: data-parallel traffic of a step; agreed: one number over all.
     """
@@ -152,7 +155,8 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
         spent[f"ends.{stage}"] = spent[f"ends.{stage}"] + p.mtp * (spent[stage] + extra)
     ends = spent["ends.forward"] + spent["ends.backward"]
     shown = np.where(p.pp > 1, np.maximum(0.0, ends - _spared(p) * block), ends) / ends  # the last stage may have fewer blocks
-    forward = layers * spent["forward"] + shown * spent["ends.forward"]
+    around = AROUND * device["host"] + np.zeros(1)
+    forward = layers * spent["forward"] + shown * spent["ends.forward"] + around
     added = _accumulate(p, device, layers * spent["weights"])
     backward = layers * (spent["backward"] + again) + shown * spent["ends.backward"] + added
     hidden = np.where(p.compiled, device["tensor_overlap"], 0.0)
@@ -163,7 +167,7 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
         block={"F": slowest * spent["forward"], "B": slowest * (spent["backward"] + again), "W": slowest * spent["weights"]},
         ends={"F": slowest * spent["ends.forward"], "B": slowest * spent["ends.backward"]}, extra=slowest * shown * ends,
         forward=slowest * forward, backward=slowest * backward, weights=slowest * layers * spent["weights"],
-        waiting=spent["waiting"] / block, added=slowest * added, units=_units(p, device, layers),
+        waiting=spent["waiting"] / block, added=slowest * added, around=slowest * around, units=_units(p, device, layers),
         traffic=(1 - hidden) * _tensor_traffic(p, network, layers) + _context_traffic(p, device, network, layers, spent)
         + _experts_shown(p, device, network, layers, forward + backward),
         send=send,
@@ -303,7 +307,8 @@ def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
 def _spent(p: Any, device: Device) -> dict[str, Array]:
     """Seconds on one micro-batch of a block, forward and backward, of its forward operations besides matrix products and
     attention (which selective recomputation does again), of its attention
-    (with its scores: the core, which may be done again alone), of its weights' gradients, and of the model's ends."""
+    and waiting for the host (beside which keys may travel), of attention and scores (which may be done again alone), of its weights'
+    gradients, and of the model's ends."""
     parts = {name: block_work(p, name) for name in ("forward", "backward")}
     parts |= {f"ends.{stage}": _ends(p, stage) for stage in ("forward", "backward")}
     works = [work for part in parts.values() for work in part]
@@ -322,6 +327,7 @@ def _spent(p: Any, device: Device) -> dict[str, Array]:
     for name in ("forward", "backward"):
         alone, host = device["glue"] + spent[name], device["host"] * _calls(p, parts[name])
         spent[name] = np.maximum(alone, host)
+        spent[f"attention.{name}"] = spent[f"attention.{name}"] + spent[name] - alone
         spent["waiting"] = spent["waiting"] + np.where(host > alone, spent[name], 0.0)
     return spent
 
