@@ -44,6 +44,7 @@ KERNELS = ("gpu", "op", "peak_tflops", "m", "n", "k", "seq", "heads", "qk_head_d
 COLLECTIVES = ("op", "gpu", "ranks", "nodes", "bytes", "time_us")
 BRIDGE, FUSED = (25, 9), (26, 6)  # releases since when Megatron-Bridge is measured, and experts run in fused kernels on BLACKWELL
 BLACKWELL = ("b200", "b300", "gb200", "gb300")
+FREE = 1.25  # imbalance of a router that is not forced: steps are 8 to 20% longer in published pairs
 DEEP = 61  # layers of the whole models that start with dense ones (DeepSeek-V2 has 60)
 _CAP = re.compile(r"(?:cap|limit)\w*[^;,.]{0,16}?(\d{3,4}) ?W\b|(\d{3,4}) ?W\b[^;,.]{0,16}?(?:cap|limit)", re.IGNORECASE)
 _FABRIC = re.compile(r"(?:(\d+) ?x ?)?(\d+) ?Gb(?:/s|ps)? (?:RoCE|InfiniBand|inter-node)", re.IGNORECASE)
@@ -303,7 +304,7 @@ def model_of(row: Mapping[str, Any]) -> Model:
     dense = -(-dense * layers // DEEP)  # a model cut to fewer layers keeps the proportion
     moe = Moe()
     if experts:
-        moe = Moe(experts=experts, top_k=_count(row, "top_k"), ffn=_count(row, "moe_ffn"), shared=family.get("shared", 0),
+        moe = Moe(experts=experts, top_k=_count(row, "top_k"), ffn=_count(row, "moe_ffn"), shared=family.get("shared", 0), imbalance=_imbalance(row),
                   dense_layers=min(dense, layers - 1), groups=family.get("groups", 1))  # fmt: skip
     return Model(
         name=name, layers=layers, hidden=_count(row, "hidden"), heads=_count(row, "heads"), kv_heads=_count(row, "kv_heads"),
@@ -313,6 +314,12 @@ def model_of(row: Mapping[str, Any]) -> Model:
         mla=Mla(kv_rank=latent[0], q_rank=latent[1], rope=latent[2]) if latent else Mla(), mtp=_further(row, name),
         source="a row of a table",
     )  # fmt: skip
+
+
+def _imbalance(row: Mapping[str, Any]) -> float:
+    """1 where the router is forced to balance, as in benchmarks, unless the row says that tokens choose for themselves."""
+    told = _word(row, "notes")
+    return FREE if re.search("real routing|not (force-)?balanced|unbalanced", told, re.IGNORECASE) else 1.0
 
 
 def _further(row: Mapping[str, Any], name: str) -> int:

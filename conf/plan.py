@@ -124,6 +124,7 @@ class Moe(Node):
     score: str = say("how the router scores: softmax over all experts, or a sigmoid for each", "softmax", must=("softmax", "sigmoid"))
     normalise: bool = say("whether the weights of a token's experts are scaled to sum to 1", True)
     scale: float = say("factor on the weights of a token's experts", 1.0, must=POSITIVE)
+    imbalance: float = say("tokens on the fullest rank of experts over the mean of all ranks, at least 1", 1.0, must=POSITIVE)
     balance: str = say("load balancing: none, loss (a share of the loss, by sequence) or bias (a bias when choosing)", "none",
                        must=("none", "loss", "bias"))  # fmt: skip
     balance_rate: float = say("weight of the balancing loss, or step of the balancing bias", 0.001, must=NOT_NEGATIVE)

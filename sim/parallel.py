@@ -84,7 +84,7 @@ def columns(plans: Sequence[Plan]) -> Any:
     values["zero"] = gather(lambda p: p.mesh.zero)
     values["peak"] = gather(lambda p: p.gpu.peak(p.train.precision) or np.nan)
     values["rope"] = gather(lambda p: p.model.positions == "rope")
-    moe = SimpleNamespace(**of("model.moe", ("experts", "top_k", "shared", "ffn", "dense_layers")))
+    moe = SimpleNamespace(**of("model.moe", ("experts", "top_k", "shared", "ffn", "dense_layers", "imbalance")))
     mla = SimpleNamespace(**of("model.mla", ("kv_rank", "q_rank", "rope")))
     values["crowd"] = gather(lambda p: max(1.0, p.cluster.gpus_per_node / p.cluster.cores_per_node) if p.gpu.kind == "cpu" else 1.0)
     flags = {
@@ -291,7 +291,8 @@ def _feed_forward(p: Any, tokens: Any, width: Any, size: Any, stage: str) -> lis
 
 def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
     """Router, shared experts, and the routed ones in grouped products; tokens are spread evenly over experts, and over tp."""
-    moe, visits, width = p.moe, tokens / p.tp * p.moe.top_k * p.etp, p.moe.ffn / p.etp  # ranks that share experts see each other's tokens
+    moe, width = p.moe, p.moe.ffn / p.etp
+    visits = tokens / p.tp * moe.top_k * p.etp * moe.imbalance  # ranks that share experts see each other's tokens
     local = moe.experts / p.ep
     each = np.where((p.zero < 3) & ~p.fused_experts, local, 1.0)  # Megatron launches every expert by itself, torch's product is one kernel
     apart = np.where(p.fused_experts, 0.0, 1.0)
@@ -398,8 +399,8 @@ def _context_traffic(p: Any, device: Device, network: Network, layers: Array, sp
 
 def _expert_traffic(p: Any, network: Network, layers: Array) -> Array:
     """Tokens sent to their experts and back in one micro-batch, forward and backward, and forward again where recomputed; ranks that
-    share experts gather the tokens and reduce the results."""
-    size = p.micro_batch * p.seq_len / p.cp / p.tp * p.hidden * p.size
+    share experts gather the tokens and reduce the results. The rank with the fullest experts is waited for."""
+    size = p.micro_batch * p.seq_len / p.cp / p.tp * p.hidden * p.size * p.moe.imbalance
     passes = np.where(p.recompute, 6, 4) * layers * expert_layers(p) / p.layers
     whole = size * p.moe.top_k * p.etp
     shared = network.ring("all_gather", p.etp, np.ones(1), whole) + network.ring("reduce_scatter", p.etp, np.ones(1), whole)

@@ -100,3 +100,11 @@ def test_what_only_sim_does_is_told_in_one_line():
     assert all(f"{key}: real cannot execute it" in said for key in ("mesh.etp=2", "mesh.dispatch=tokens", "train.fused_experts=true"))
     with pytest.raises(Refused, match=r"mesh\.etp=3 must divide mesh\.tp=2; set mesh\.etp=2"):
         load([*words, "mesh.etp=3"])
+
+
+def test_the_fullest_rank_of_experts_is_waited_for():
+    even, uneven = (parts([*MIXTURE, "cluster.nodes=4", "mesh.ep=8", f"model.moe.imbalance={n}"])[3] for n in (1, 1.5))
+    assert 1.4 < uneven.traffic[0] / even.traffic[0] < 1.6
+    assert 1.1 < uneven.forward[0] / even.forward[0] < 1.5  # attention has no part in it
+    with pytest.raises(Refused, match=r"model\.moe\.imbalance=0\.9 is below 1"):
+        load([*MIXTURE, "cluster.nodes=4", "model.moe.imbalance=0.9"])
