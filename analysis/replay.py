@@ -304,7 +304,8 @@ def model_of(row: Mapping[str, Any]) -> Model:
     dense = -(-dense * layers // DEEP)  # a model cut to fewer layers keeps the proportion
     moe = Moe()
     if experts:
-        moe = Moe(experts=experts, top_k=_count(row, "top_k"), ffn=_count(row, "moe_ffn"), shared=family.get("shared", 0), imbalance=_imbalance(row),
+        moe = Moe(experts=experts, top_k=_count(row, "top_k"), ffn=_count(row, "moe_ffn"), shared=family.get("shared", 0),
+                  imbalance=_imbalance(row),
                   dense_layers=min(dense, layers - 1), groups=family.get("groups", 1))  # fmt: skip
     return Model(
         name=name, layers=layers, hidden=_count(row, "hidden"), heads=_count(row, "heads"), kv_heads=_count(row, "kv_heads"),
