@@ -242,7 +242,11 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
     Raises Unplayable with what is wrong in it.
     """
     part = _part(row)
-    sizes = {name: _count(row, name) for name in ("num_gpus", "tp", "cp", "pp", "vpp", "dp", "micro_batch", "global_batch_seqs", "seq_len")}
+    sizes = {name: _count(row, name) for name in ("num_gpus", "global_batch_seqs", "seq_len")}
+    sizes |= {name: _count(row, name, 1) for name in ("tp", "cp", "pp", "vpp", "micro_batch")}  # blank: not told, the least
+    if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
+        raise Unplayable(f"{', '.join(wrong)} must be above 0")
+    sizes["dp"] = _count(row, "dp", max(1, sizes["num_gpus"] // (sizes["tp"] * sizes["cp"] * sizes["pp"])))
     product = sizes["tp"] * sizes["cp"] * sizes["pp"] * sizes["dp"]
     if product != sizes["num_gpus"]:
         raise Unplayable(f"tp × cp × pp × dp = {product}, but num_gpus={sizes['num_gpus']}")
@@ -252,21 +256,22 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
     precision = {"nvfp4": "fp4", "mxfp8": "fp8"}.get(str(row["precision"]).lower(), str(row["precision"]).lower())
     if base.gpu.peak(precision) is None:
         raise Unplayable(f"precision={row['precision']}: {base.gpu.name} has no such rate in conf/gpu")
-    per_node = min(_count(row, "gpus_per_node"), sizes["num_gpus"])
+    server = _count(row, "gpus_per_node", base.cluster.gpus_per_node)
+    per_node = min(server, sizes["num_gpus"])
     cluster = base.cluster.but(nodes=-(-sizes["num_gpus"] // per_node), gpus_per_node=per_node)
-    if nic := fabric(str(row.get("notes", "")), _count(row, "gpus_per_node")):
+    if nic := fabric(str(row.get("notes", "")), server):
         cluster = cluster.but(nic_bandwidth=nic)
     cap = power_cap(f"{row['gpu']} {row.get('notes', '')}")
     power = base.power.but(cap=cap if cap and cap < base.gpu.max_power else None)
     said, told = str(row.get("zero_stage_or_fsdp", "")), " ".join(_word(row, name) for name in ("group", "source", "notes"))
     stage, batch = zero_stage(said), sizes["global_batch_seqs"]
-    fused = stage < 2 or _count(row, "compile", 0) > 0 or re.search("jax|pax", said, re.IGNORECASE) is not None
     early = re.match("FULL_SHARD|SHARD_GRAD_OP|HYBRID_SHARD", said) is not None  # the names of torch's first FSDP, of 2022 and 2023
     # fp16 tables, and the fork of Megatron of 2021, are older than FlashAttention
     old = precision == "fp16" or re.search("megatron-deepspeed|bigscience", told, re.IGNORECASE) is not None
     ours = base.gpu.name == "h800" or re.search("dualpipe|deepep|hybridep", told, re.IGNORECASE) is not None  # DeepSeek's ways
     replicated = re.search(r"zero1=(-?\d+)", said)  # InternEvo's word for the ranks among which optimizer states are sharded
     shards = int(replicated[1]) if replicated and 0 < int(replicated[1]) < sizes["dp"] else sizes["dp"]
+    fused = (stage < 2 and replicated is None) or _count(row, "compile", 0) > 0 or re.search("jax|pax", said, re.IGNORECASE) is not None
     made = Software(etp=False, tokens=True) if ours else software(_word(row, "release"))
     etp = sizes["tp"] if made.etp and experts and stage < 3 and sizes["dp"] * sizes["cp"] % ep == 0 else 1
     return base.but(
@@ -299,7 +304,7 @@ def model_of(row: Mapping[str, Any]) -> Model:
     family = next((keys for pattern, keys in FAMILIES if re.search(pattern, name, re.IGNORECASE)), {})
     latent = family.get("mla")
     classic = not _count(row, "gated_mlp", 1)
-    layers, experts = _count(row, "layers"), _count(row, "experts", 0)
+    layers, heads, experts = _count(row, "layers"), _count(row, "heads"), _count(row, "experts", 0)
     dense = next((n for maker, n in family.get("dense_layers", {}).items() if maker in name.lower()), 0)
     dense = -(-dense * layers // DEEP)  # a model cut to fewer layers keeps the proportion
     moe = Moe()
@@ -308,7 +313,7 @@ def model_of(row: Mapping[str, Any]) -> Model:
                   imbalance=_imbalance(row),
                   dense_layers=min(dense, layers - 1), groups=family.get("groups", 1))  # fmt: skip
     return Model(
-        name=name, layers=layers, hidden=_count(row, "hidden"), heads=_count(row, "heads"), kv_heads=_count(row, "kv_heads"),
+        name=name, layers=layers, hidden=_count(row, "hidden"), heads=heads, kv_heads=_count(row, "kv_heads", heads),
         head=family.get("head"), ffn=_count(row, "ffn_hidden"), gated=not classic, vocab=_count(row, "vocab"), tied=classic,
         positions="learned" if classic else "rope", context=_count(row, "seq_len") if classic else None, layer_norm=classic,
         qk_norm="qwen3" in name.lower(), rope_theta=1e4, norm_epsilon=1e-5, moe=moe,
@@ -357,6 +362,6 @@ def _count(row: Mapping[str, Any], name: str, default: int | None = None) -> int
         number = int(float(value))
     except (TypeError, ValueError):
         raise Unplayable(f"{name}={value} is no number") from None
-    if default is None and number < 1:
+    if number < (1 if default is None else 0):
         raise Unplayable(f"{name}={value} must be above 0")
     return number
