@@ -113,8 +113,9 @@ def kernel_plan(row: Mapping[str, Any]) -> Plan:
 
 
 def _least(plans: list[Plan], unsaid: Any, frozen: Any) -> list[Plan]:
-    """The plans with the least recomputation that fits, where it was not said; gradients may then be kept in half precision. What
-    does not fit with any was made to fit by something else, so that recomputation would not have been needed either."""
+    """The plans with the least recomputation that fits, where it was not said: none, selective, or full in as many blocks as it takes;
+    gradients may then be kept in half precision. What does not fit with any was made to fit by something else, so that recomputation
+    would not have been needed either."""
     if not plans:
         return plans
     choices = [[plan.but(**{"train.recompute": how}) for plan in plans] for how in ("none", "selective", "full")]
@@ -125,7 +126,10 @@ def _least(plans: list[Plan], unsaid: Any, frozen: Any) -> list[Plan]:
         p.frozen = frozen
         needed.append(memory(p).total - np.where(p.zero == 1, 2 * held(p), 0.0))
     least = np.where((needed[0] < room) | (needed[2] >= room), 0, np.where(needed[1] < room, 1, 2))
-    return [choices[k][i] if unsaid[i] else plan for i, (plan, k) in enumerate(zip(plans, least, strict=True))]
+    share = np.clip((needed[0] - room) / np.maximum(needed[0] - needed[2], 1.0), 0.0, 1.0)
+    found = [choices[k][i] if unsaid[i] else plan for i, (plan, k) in enumerate(zip(plans, least, strict=True))]
+    some = unsaid & (least == 2)
+    return [plan.but(**{"train.recompute_share": float(share[i])}) if some[i] else plan for i, plan in enumerate(found)]
 
 
 def kernels_of(frame: pd.DataFrame) -> Replayed:

@@ -135,6 +135,15 @@ def state_bytes(model: Any) -> Any:
     return 3 * FP32 * parameters(model)
 
 
+def recomputes(share: float, index: int) -> bool:
+    """Whether a block is one of those that recompute: an even spread, so that pipeline stages have the same share.
+
+    >>> [recomputes(0.5, index) for index in range(4)]
+    [False, True, False, True]
+    """
+    return int((index + 1) * share + 1e-9) > int(index * share + 1e-9)
+
+
 def stage_blocks(layers: int, stages: int, stage: int) -> range:
     """The blocks of a pipeline's (virtual) stage. Where the layers do not divide by the stages, embedding and head count as layers
     if that divides.

@@ -269,6 +269,7 @@ class Train(Node):
     fused_attention: bool = say("whether attention keeps its scores on the chip (FlashAttention), as all do since 2022", True)
     recompute: str = say("activations recomputed in the backward pass: none, attention (with scores), selective (all but matrix products "
                          "and attention) or full", must=("none", "attention", "selective", "full"))  # fmt: skip
+    recompute_share: float = say("share of the blocks that recompute, spread evenly", 1.0, must=SHARE)
     compile: bool = say("whether kernels are fused: torch.compile of each block, or a framework that fuses its own", False)
     fused_gradients: bool = say("whether weight gradients add up in the products that make them, as in Megatron", False)
     fused_experts: bool = say("whether activation, quantisation and permutation ride on the experts' grouped products, launched as one",

@@ -54,7 +54,8 @@ def memory(p: Any) -> Memory:
     tokens = p.micro_batch * p.seq_len / p.cp
     in_flight = np.where(p.gpipe, p.accumulation, np.minimum(p.pp, p.accumulation))
     some = np.where(p.selective, products(p), kept(p))
-    per_block = tokens * np.where(p.recompute, p.hidden / p.tp, some) * p.size
+    share = p.recompute_share
+    per_block = tokens * (share * np.where(p.recompute, p.hidden / p.tp, some) + (1 - share) * kept(p)) * p.size
     working = np.where(p.recompute | p.selective, tokens * kept(p) * p.size, 0.0)
     head = np.where(p.pp > 1, 0.0, 3.0) * tokens * p.vocab / p.tp * 4
     return Memory(state, gathered + late, per_block * p.layers / p.pp * in_flight + working, head)

@@ -74,7 +74,7 @@ def columns(plans: Sequence[Plan]) -> Any:
 
     values = of("model", ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "gated", "vocab", "tied", "position_rows",
                           "layer_norm", "qk_norm", "mtp"))  # fmt: skip
-    values |= of("train", ("seq_len", "global_batch", "micro_batch", "evaluate_sequences", "fused_attention")) | of(
+    values |= of("train", ("seq_len", "global_batch", "micro_batch", "evaluate_sequences", "fused_attention", "recompute_share")) | of(
         "mesh", ("vpp", "ep", "etp")
     )
     values |= {axis: gather(partial(_degree, axis)) for axis in plans[0].axes}
@@ -150,6 +150,7 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
     layers, spent = _layers_a_stage(p), _spent(p, device)
     slowest = 1 + device["spread"] * np.maximum(0.0, _largest(p.ranks))
     again = np.where(p.recompute, spent["forward"], np.where(p.selective, spent["small"], np.where(p.core, spent["core"], 0.0)))
+    again = p.recompute_share * again
     block = spent["forward"] + spent["backward"] + again
     for stage, extra in (("forward", 0.0), ("backward", again)):  # further tokens' blocks lie beside the head
         spent[f"ends.{stage}"] = spent[f"ends.{stage}"] + p.mtp * (spent[stage] + extra)
@@ -371,7 +372,12 @@ def _tensor_traffic(p: Any, network: Network, layers: Array) -> Array:
     forward pass is."""
     size = p.micro_batch * p.seq_len / p.cp * p.hidden * p.size
     pair = network.collective("all_gather", "tp", size) + network.collective("reduce_scatter", "tp", size)
-    return np.asarray(layers * np.where(p.recompute, 6, 4) * pair)
+    return np.asarray(layers * 2 * (1 + _forwards(p)) * pair)
+
+
+def _forwards(p: Any) -> Any:
+    """Forward passes of a block: one, and another where the backward pass does it again."""
+    return 1 + p.recompute_share * p.recompute
 
 
 def _context_traffic(p: Any, device: Device, network: Network, layers: Array, spent: dict[str, Array]) -> Array:
@@ -383,7 +389,7 @@ def _context_traffic(p: Any, device: Device, network: Network, layers: Array, sp
     """
     if not _some(p.cp > 1):
         return np.zeros(1)
-    tokens, forwards = p.micro_batch * p.seq_len / p.cp / p.tp * p.size, np.where(p.recompute, 2, 1)
+    tokens, forwards = p.micro_batch * p.seq_len / p.cp / p.tp * p.size, _forwards(p)
     latent = p.mla.kv_rank > 0
     keys = tokens * np.where(latent, query_width(p) + value_width(p), 2 * p.kv_heads * p.head_dim)
     hop, late = network.send("cp", keys), network.send("cp", keys * 4 / p.size)
@@ -401,7 +407,7 @@ def _expert_traffic(p: Any, network: Network, layers: Array) -> Array:
     """Tokens sent to their experts and back in one micro-batch, forward and backward, and forward again where recomputed; ranks that
     share experts gather the tokens and reduce the results. The rank with the fullest experts is waited for."""
     size = p.micro_batch * p.seq_len / p.cp / p.tp * p.hidden * p.size * p.moe.imbalance
-    passes = np.where(p.recompute, 6, 4) * layers * expert_layers(p) / p.layers
+    passes = 2 * (1 + _forwards(p)) * layers * expert_layers(p) / p.layers
     whole = size * p.moe.top_k * p.etp
     shared = network.ring("all_gather", p.etp, np.ones(1), whole) + network.ring("reduce_scatter", p.etp, np.ones(1), whole)
     return np.asarray(passes * (network.all_to_all(p.ep, p.moe.top_k, size, p.etp, p.once) + 0.5 * shared))
