@@ -45,6 +45,10 @@ COLLECTIVES = ("op", "gpu", "ranks", "nodes", "bytes", "time_us")
 BRIDGE, FUSED = (25, 9), (26, 6)  # releases since when Megatron-Bridge is measured, and experts run in fused kernels on BLACKWELL
 BLACKWELL = ("b200", "b300", "gb200", "gb300")
 FREE = 1.25  # imbalance of a router that is not forced: steps are 8 to 20% longer in published pairs
+PRECISIONS = (
+    ("fp4", "fp4"), ("fp8", "fp8"), ("int8", "fp8"), ("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16"), ("float16", "fp16"),
+    ("tf32", "fp32"), ("fp32", "fp32"),
+)  # fmt: skip
 DEEP = 61  # layers of the whole models that start with dense ones (DeepSeek-V2 has 60)
 _CAP = re.compile(r"(?:cap|limit)\w*[^;,.]{0,16}?(\d{3,4}) ?W\b|(\d{3,4}) ?W\b[^;,.]{0,16}?(?:cap|limit)", re.IGNORECASE)
 _FABRIC = re.compile(r"(?:(\d+) ?x ?)?(\d+) ?Gb(?:/s|ps)? (?:RoCE|InfiniBand|inter-node)", re.IGNORECASE)
@@ -210,6 +214,12 @@ def _table(index: Any, predicted: Any, spread: Any, ideal: Any, classes: Any, ki
     return pd.DataFrame({"predicted": predicted, "spread": spread, "ideal": ideal, "class": classes, "kind": kinds}, index=index)
 
 
+def narrowest(precision: str) -> str:
+    """The precision of the matrix products in a source's words: NVFP4, MXFP8, FP8-CS, bf16-mixed, int8 (at fp8's rate), TF32."""
+    said = precision.lower()
+    return next((name for word, name in PRECISIONS if word in said), said)
+
+
 def zero_stage(text: str) -> int:
     """What is sharded over the data-parallel ranks, 0 to 3: nothing, optimizer states, gradients too, parameters too."""
     said = text.lower()
@@ -257,7 +267,7 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
     if sizes["global_batch_seqs"] < sizes["dp"]:
         raise Unplayable(f"global_batch_seqs={sizes['global_batch_seqs']} is less than dp={sizes['dp']}")
     base, experts, ep = _base(*part), _count(row, "experts", 0), _count(row, "ep", 1)
-    precision = {"nvfp4": "fp4", "mxfp8": "fp8"}.get(str(row["precision"]).lower(), str(row["precision"]).lower())
+    precision = narrowest(_word(row, "precision"))
     if base.gpu.peak(precision) is None:
         raise Unplayable(f"precision={row['precision']}: {base.gpu.name} has no such rate in conf/gpu")
     server = _count(row, "gpus_per_node", base.cluster.gpus_per_node)
