@@ -44,10 +44,14 @@ def blocks(p: Any, eager: bool) -> SimpleNamespace:
     none = h / tp + normed + attention, h / tp + normed + wide, mixture
     # A half of a block keeps its input and what its last matrix gave; over tp also its input gathered and its output before the sum.
     half = 2 * h / tp + np.where(gathered, 2 * h, 0.0)
-    some = half + products, half + narrow, mixture
+    # The trainer's mixture keeps all, Megatron's computes its activation again.
+    lean = h / tp + normed + moe.imbalance * moe.top_k * p.etp * h / tp
+    lean = lean + (moe.top_k * moe.imbalance + moe.shared) * (1 + p.gated) * moe.ffn / tp
+    some = half + products, half + narrow, mixture if eager else lean
 
     def kept(feed: int) -> Any:
-        return size * np.where(p.recompute, h / tp, np.where(p.selective, some[0] + some[feed], none[0] + none[feed]))
+        again = np.where(p.recompute, h / tp, np.where(p.selective, some[0] + some[feed], none[0] + none[feed]))
+        return size * (p.recompute_share * again + (1 - p.recompute_share) * (none[0] + none[feed]))
 
     dense, experts = np.less(expert_layers(p), p.layers), np.greater(expert_layers(p), 0)
     ffn = np.where(dense, p.ffn, moe.shared * moe.ffn) / tp
@@ -58,7 +62,8 @@ def blocks(p: Any, eager: bool) -> SimpleNamespace:
         working=size * (again + (1 + p.gated) * ffn + 2 * h / tp + gathered * h),
         freed=size * np.where(p.recompute, 0.0, np.where(p.selective, some[1], none[1])),
         attending=size * (np.where(p.recompute, none[0], 0.0) + _attending(p)),
-        rows=size * experts * 2 * moe.top_k * h / tp, mixture=size * experts * np.where(p.recompute, none[0] + none[2] - h / tp, 0.0),
+        rows=size * experts * 2 * moe.top_k * moe.imbalance * p.etp * h / tp,
+        mixture=size * experts * np.where(p.recompute, none[0] + none[2] - h / tp, 0.0),
         waits=size * (np.where(p.recompute | p.selective, whole, 0.0) + np.where(dense, narrow, inner) + products + 5 * h / tp),
         **_parameters(p, ffn, dense, experts),
     )  # fmt: skip
@@ -71,8 +76,8 @@ def _parameters(p: Any, ffn: Any, dense: Any, experts: Any) -> dict[str, Any]:
     expert, plain = expert_parameters(p), attention + mlp_parameters(p) / p.tp
     mixed = attention + p.moe.shared * expert / p.tp + p.hidden * p.moe.experts
     return {
-        "dense_parameters": plain, "mixed_parameters": mixed, "largest": np.where(dense, plain, mixed), "expert": experts * expert,
-        "routed": experts * p.moe.experts / p.ep * expert, "table": embedding_parameters(p) / p.tp,
+        "dense_parameters": plain, "mixed_parameters": mixed, "largest": np.where(dense, plain, mixed), "expert": experts * expert / p.etp,
+        "routed": experts * p.moe.experts / p.ep * expert / p.etp, "table": embedding_parameters(p) / p.tp,
         "down": ffn * p.hidden, "feed": (2 + p.gated) * ffn * p.hidden,
     }  # fmt: skip
 
@@ -85,15 +90,15 @@ def _attention(p: Any) -> tuple[Any, Any]:
     tokens too, or keys and values gathered, with a mask. Without fusion every score, 5 a s (Korthikanti et al. 2022, table 2).
     """
     wide, value, key, mla = query_width(p), value_width(p), p.kv_heads * p.head_dim, p.mla
-    latent, gathers = np.greater(mla.kv_rank, 0), np.greater(p.cp, 1) & p.gathers
+    latent, gathers = np.greater(mla.kv_rank, 0), np.greater(p.cp, 1) & p.gathered
     ordinary = wide + 2 * key + value + (wide + key) * p.qk_norm
     narrow = mla.q_rank + mla.kv_rank + mla.rope
     spread = np.where(gathers, (p.cp - 1) * np.where(latent, wide + value, 2 * key), value * np.greater(p.cp, 1))
-    scores = (1 - p.fused_attention) * 2.5 * p.heads * p.seq_len  # in elements of 2 bytes
+    scores = (1 - p.fused_attention) * ~p.core * 2.5 * p.heads * p.seq_len  # in elements of 2 bytes
     kept = np.where(latent, 2 * wide + 3 * value, ordinary) + spread + scores
     sent = np.where(latent, wide + value, 2 * key)  # what came over the network is kept with them; a ring's last rank has all parts whole
     ring, traded = (p.cp - 1) * (np.where(latent, 2 * wide, 2 * key) + value), sent + wide + value
-    sent = np.greater(p.cp, 1) * np.where(p.gathers, p.cp * sent, np.where(p.rings, ring, traded))
+    sent = np.greater(p.cp, 1) * np.where(p.gathered, p.cp * sent, np.where(_ring(p), ring, traded))
     products = np.where(latent, wide + 3 * value, wide + 2 * key + value) + sent
     mask = gathers * p.seq_len / p.micro_batch
     return kept / p.tp + mask + latent * (narrow + mla.q_rank + mla.kv_rank), products / p.tp + latent * narrow
@@ -109,7 +114,8 @@ def _mixture(p: Any, fused: Any, eager: bool) -> Any:
     """All of them of a mixture: rows sent to experts, what came back, theirs, those of shared experts, and the router's input."""
     wide, _ = _feed_forward(p, p.moe.ffn, fused)
     router = FP32 / p.size * p.hidden if eager else 0.0
-    return (p.moe.top_k * (wide + (1 + eager) * p.hidden) + p.moe.shared * wide + router) / p.tp
+    rows = p.moe.top_k * p.moe.imbalance * (wide + (1 + eager) * p.etp * p.hidden)  # ranks that share experts see each other's rows
+    return (rows + p.moe.shared * wide + router) / p.tp
 
 
 def _attending(p: Any) -> Any:
@@ -117,4 +123,8 @@ def _attending(p: Any) -> Any:
     keys and values once for every query head."""
     wide, value, key = query_width(p), value_width(p), p.kv_heads * p.head_dim
     plain = np.where(np.greater(p.mla.kv_rank, 0), 3 * wide + 3 * value, 2 * wide + 2 * key + value)
-    return (np.where(np.greater(p.cp, 1) & p.rings, 12 * wide, plain) + p.hidden) / p.tp
+    return (np.where(np.greater(p.cp, 1) & _ring(p), 12 * wide, plain) + p.hidden) / p.tp
+
+
+def _ring(p: Any) -> Any:
+    return ~(p.gathered | p.ulysses)

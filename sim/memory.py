@@ -90,7 +90,7 @@ def held(p: Any) -> Array:
     """
     routed = routed_parameters(p)
     stage = np.minimum(1.0, p.layers / p.pp / np.maximum(expert_layers(p), 1))
-    return np.asarray((parameters(p) - routed) / p.tp / p.pp + routed / p.ep * stage)
+    return np.asarray((parameters(p) - routed) / p.tp / p.pp + routed / p.ep / p.etp * stage)
 
 
 def memory(p: Any) -> Memory:
@@ -101,9 +101,16 @@ def memory(p: Any) -> Memory:
             block, found = blocks(p, moments is _sharded), []
             for rank in [0.0] + [1.0] * bool(np.any(np.greater(p.pp, 2))) + [p.pp - 1.0] * bool(np.any(np.greater(p.pp, 1))):
                 stage = _stage(p, block, np.minimum(rank, p.pp - 1.0), moments is _sharded)
-                found += [(stage.rank, {"messages": stage.messages} | moment) for moment in moments(p, block, stage)]
+                found += [(stage.rank, {"messages": stage.messages} | moment) for moment in _untrained(p, moments(p, block, stage))]
             kinds.append(Kind(mine, found))
     return Memory(kinds)
+
+
+def _untrained(p: Any, moments: list[Moment]) -> list[Moment]:
+    """Without the gradients of weights that are frozen, as under low-rank adapters."""
+    if not np.any(p.frozen):
+        return moments
+    return [moment | {"gradients": np.where(p.frozen, 0.0, moment.get("gradients", 0.0))} for moment in moments]
 
 
 # -- when
@@ -117,10 +124,11 @@ def _megatron(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Mo
     """
     whole = p.size * (p.size < FP32) + FP32 * (p.zero != 2) + (FP32 + p.moments) * (p.zero == 0)
     split = (FP32 + p.moments) * (p.zero > 0) + FP32 * (p.zero == 2)
-    always = {"activations": stage.activations, "state": whole * stage.held + split * stage.shard}
-    empty, loss = p.size * (block.largest + block.expert), (FP32 + p.size) * stage.logits
+    state = np.where(p.frozen, p.size * stage.held, whole * stage.held + split * stage.shard)  # weights alone; adapters are small
+    always, trained = {"activations": stage.activations, "state": state}, p.size * np.where(p.frozen, 0.0, 1.0)
+    empty, loss = trained * (block.largest + block.expert), (FP32 + p.size) * stage.logits
     return [
-        always | {"gradients": empty + p.size * stage.head, "logits": loss + stage.ends},
+        always | {"gradients": empty + trained * stage.head, "logits": loss + stage.ends},
         always | {"gradients": empty, "working": block.working},
         always | {"gradients": empty, "working": block.mixture, "experts": block.rows},
     ]
@@ -135,7 +143,7 @@ def _sharded(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Mom
     """
     alone, size, several = np.equal(p.pp, 1), p.size, np.greater(p.accumulation, 1)
     table, head, unit = stage.tables * block.table, stage.own_head, block.largest + block.routed
-    state, shard = (FP32 + p.moments) * stage.shard, FP32 / stage.spread * alone
+    state, shard = np.where(p.frozen, size, FP32 + p.moments) * stage.shard, FP32 / stage.spread * alone  # adapters are small
     added = several * FP32 * stage.held
     added = added - ~stage.steady * np.minimum(added, stage.a_pass)
     tied = size * (table - head) * (p.tied > 0)  # a tied table's gradient is whole until the end
@@ -209,17 +217,20 @@ def _stage(p: Any, block: SimpleNamespace, rank: Any, eager: bool) -> SimpleName
     mixed = np.where(np.greater(p.moe.experts, 0), layers - dense, 0.0)
     tied = first & last & np.greater(p.tied, 0)
     tables = first + last * np.where(tied, 0, 1)
+    more = p.mtp * last  # blocks of further tokens lie beside the head, each with a projection of two hidden states to one
     common = (layers - mixed) * block.dense_parameters + mixed * block.mixed_parameters + tables * block.table
-    common, routed, spread = common + first * p.position_rows * p.hidden, mixed * block.routed, p.dp_shard * p.cp
+    common = common + more * np.where(np.greater(p.moe.experts, 0), block.mixed_parameters, block.dense_parameters)
+    common, spread = common + first * p.position_rows * p.hidden + more * 2 * p.hidden**2, p.dp_shard * p.cp
+    routed = (mixed + more) * block.routed
     flight, wait, each = in_flight(p, rank), waiting(p, rank), layers / p.vpp
-    kept = ((layers - mixed) * block.dense + mixed * block.mixed) / p.vpp
+    kept = ((layers - mixed) * block.dense + mixed * block.mixed + more * block.kept) / p.vpp
     message = eager * np.greater(p.pp, 1) * block.tokens * p.hidden / p.tp * p.size
     passed = flight * message * (1.0 * first - last)  # a stage's inputs are messages, and its outputs are kept until they come back
     late = np.where(p.v_shaped, 0.0, np.maximum(wait - 1, 0.0) * p.size)  # gradients of logits that wait
-    logits = last * block.tokens * p.vocab / p.tp
+    logits = last * block.tokens * p.vocab / p.tp * (1 + p.mtp)
     return SimpleNamespace(
         rank=rank, ending=np.any(last), tables=tables, held=common + routed, spread=spread, head=last * block.table,
-        own_head=last * block.table * np.where(tied, 0, 1), shard=common / spread + routed / np.maximum(1, spread * p.tp / p.ep),
+        own_head=last * block.table * np.where(tied, 0, 1), shard=common / spread + routed / np.maximum(1, spread * p.tp / (p.ep * p.etp)),
         logits=logits, outputs=np.where(p.gpipe, (p.accumulation - 1) * (FP32 + p.size), late) * logits,
         ends=last * block.tokens * p.hidden * (1 + 1 / p.tp) * p.size,  # inputs of the last norm and of the head
         activations=flight * kept + passed, a_pass=kept, steady=p.accumulation * p.vpp > flight,

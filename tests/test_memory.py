@@ -56,8 +56,8 @@ MANY = [
     f"{QWEN} cluster.nodes=4 mesh.ep=8 mesh.tp=2 train.global_batch=32 train.recompute=full",
     f"{QWEN} cluster.nodes=8 mesh.pp=4 mesh.ep=8 train.global_batch=64",
     "model=mixtral_8x7b cluster.nodes=8 mesh.ep=8 mesh.tp=2 train.seq_len=4096 train.global_batch=32 train.recompute=selective",
-    "model=deepseek_v3 cluster.nodes=64 mesh.pp=8 mesh.ep=32 train.seq_len=4096 train.global_batch=256 train.recompute=full",
-    "model=deepseek_v3 cluster.nodes=64 mesh.tp=2 mesh.pp=8 mesh.ep=16 train.seq_len=2048 train.global_batch=128",
+    "model=deepseek_v3 cluster.nodes=64 mesh.pp=8 mesh.ep=32 train.seq_len=4096 train.global_batch=512 train.recompute=full",
+    "model=deepseek_v3 cluster.nodes=64 mesh.tp=2 mesh.pp=8 mesh.ep=16 train.seq_len=2048 train.global_batch=256",
 ]
 TABLE = Path(__file__).parents[2] / "shared" / "validation" / "step_time.csv"
 
