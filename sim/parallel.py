@@ -7,7 +7,7 @@ Arrays of plans in, arrays out; one plan is an array of length 1.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from operator import attrgetter
 from statistics import NormalDist
@@ -141,7 +141,8 @@ def predict(p: Any, device: Device, network: Network) -> Steps:
     base = np.where(p.moe.experts > 0, device["mixture_error"], device["error"])
     error = np.hypot(base, device["host_error"] * part.waiting)
     told = (step_time, compute, communication, bubble, optimizer, evaluate, mfu, rate, error)
-    return Steps(*np.broadcast_arrays(*map(np.atleast_1d, told)), plans=p)
+    names = (field.name for field in fields(Steps) if field.name != "plans")
+    return Steps(**dict(zip(names, np.broadcast_arrays(*map(np.atleast_1d, told)), strict=True)), plans=p)
 
 
 def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
