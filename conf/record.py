@@ -49,6 +49,7 @@ QUANTITIES: dict[str, tuple[str, str]] = {
     "ettr": ("1", "effective training time ratio: time in steps that counted over wall clock of pre-training"),
     "interruptions": ("count", "times the job stopped and came back"),
     "interruptions_unexpected": ("count", "of these, not planned"),
+    "lost": ("s", "wall clock on the way back up and over old ground"),
     "tokens": ("token", "tokens trained on"),
     "flops": ("FLOP", "model FLOPs of the tokens trained on, as MFU counts them"),
     "gpu_hours": ("h", "device-hours held, spares included"),

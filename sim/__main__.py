@@ -19,7 +19,7 @@ from sim import whatif
 from sim.expect import banded
 from sim.kernels import rates
 from sim.life import live
-from sim.pretrain import pace, uncertain
+from sim.pace import pace, uncertain
 from sim.story import tell
 from sim.summary import spread, summary
 

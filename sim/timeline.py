@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from conf.record import STATES
 
+KNOWN = frozenset(STATES)
+WHOLLY: Mapping[str, Mapping[str, float]] = {state: {state: 1.0} for state in STATES}  # all ranks in one state
+
 
 class Segment(NamedTuple):
     """A stretch of time and how the ranks shared it among states; the shares add up to 1."""
@@ -55,7 +58,7 @@ class Timeline:
     def spend(self, stage: str, mix: Mapping[str, float], start: float, stop: float, step: int | None = None) -> None:
         """All ranks spent [start, stop] in these states."""
         assert start == self.until, f"a stretch starts at {start}, the tape ends at {self.until}"
-        assert stop >= start and mix.keys() <= set(STATES), (stage, mix, start, stop)
+        assert stop >= start and mix.keys() <= KNOWN, (stage, mix, start, stop)
         if stop > start:
             self.segments.append(Segment(stage, start, stop, mix, step))
             self.until = stop
@@ -64,9 +67,13 @@ class Timeline:
         self.happenings.append(Happening(at, stage, event, step, detail))
 
     def states(self) -> dict[str, float]:
-        """Rank-seconds by state."""
+        """Rank-seconds by state; a run has thousands of stretches and a handful of mixes."""
+        spent: dict[int, float] = defaultdict(float)
+        mixes = {id(segment.mix): segment.mix for segment in self.segments}
+        for _, start, stop, mix, _ in self.segments:
+            spent[id(mix)] += stop - start
         totals: dict[str, float] = defaultdict(float)
-        for segment in self.segments:
-            for state, share in segment.mix.items():
-                totals[state] += share * (segment.stop - segment.start) * self.ranks
+        for key, mix in mixes.items():
+            for state, share in mix.items():
+                totals[state] += share * spent[key] * self.ranks
         return dict(totals)
