@@ -113,6 +113,15 @@ class Servers:
         self.cold -= booting
         return booting > 0
 
+    def one(self, boot: float) -> Course[int]:
+        """A single server: a spare, else a cold one that boots, else the next that is repaired."""
+        if self.yard.items or not self.cold:
+            got = yield self.yard.get()
+            return int(got)
+        self.cold -= 1
+        yield self.world.env.timeout(boot)
+        return self.world.plan.cluster.servers - self.cold - 1
+
     def wait(self, patience: float) -> Course[None]:
         """Wait until every empty slot has a server at hand, or for `patience` seconds."""
         late = self.world.env.timeout(min(patience, 1e18))

@@ -22,7 +22,7 @@ class Shape:
         self.slow: list[float] = []  # how many times as long a step takes, for each straggler
         self.down: dict[int, str] = {}  # replicas that are not in step, and the state they are in
         self.servers = plan.cluster.nodes  # in the mesh
-        self.smaller = Smaller(plan, pace_)
+        self.smaller = Smaller(plan)
         self.settle()
 
     def settle(self) -> None:
@@ -53,8 +53,8 @@ class Shape:
 class Smaller:
     """Legal meshes on fewer servers, each predicted once."""
 
-    def __init__(self, plan: Plan, pace_: Pace) -> None:
-        self.plan, self.pace = plan, pace_
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.largest: dict[int, int] = {plan.cluster.nodes: plan.cluster.nodes}
         self.known: dict[int, tuple[Mix, float]] = {}
 
@@ -73,7 +73,7 @@ class Smaller:
         if servers not in self.known:
             plan = self._on(servers)
             found = pace(plan)
-            times = found.step_time / self.pace.step_time * self.plan.train.global_batch / plan.train.global_batch
+            times = found.step_time / pace(self.plan).step_time * self.plan.train.global_batch / plan.train.global_batch
             self.known[servers] = (found.mix, times)
         return self.known[servers]
 

@@ -46,6 +46,7 @@ class Pretraining:
         self.spike = next(self.spikes, math.inf)
         self.evaluated = -1
         self.finished = self.queueing = self.walking = False
+        self.leg = (0.0, 0.0, 1.0)  # where and when the walk on the way began, and its stride
         self.luck = Luck()
         self.ahead: list[Rung] = [("init", world.rates.init)]  # what must be done before steps
         self.unsafe: list[Saved] = []  # saves of which the record does not tell yet
@@ -58,6 +59,12 @@ class Pretraining:
     @property
     def step(self) -> int:
         return int(self.place)
+
+    @property
+    def here(self) -> int:
+        """The step, also while walking."""
+        start, first, stride = self.leg
+        return int(first + (self.world.now - start) / stride) if self.walking else self.step
 
     def run(self) -> Course[None]:
         """From the start of the ranks to the last checkpoint."""
@@ -101,11 +108,11 @@ class Pretraining:
     def _creep(self, fault: Fault) -> Course[None]:
         """What does harm unseen until it is found out: a slow server until it recovers, corruption for as long as it takes."""
         cause, began = self.plan.failures.causes[fault.cause], self.world.now
-        _, span = detector(self.plan.failures, cause)
+        by, span = detector(self.plan.failures, cause)
         found = math.inf if span is None else span.at(fault.luck.detect)
         lasts = cause.lasts.at(fault.luck.lasts) if cause.how == "slow" else math.inf
         if cause.how == "slow":
-            self.world.event(STAGE, "straggler", self.step, cause=fault.cause, factor=cause.factor)
+            self.world.event(STAGE, "straggler", self.here, cause=fault.cause, factor=cause.factor)
             self.shape.slow.append(cause.factor)
             self._changed()
         else:
@@ -116,6 +123,7 @@ class Pretraining:
             self._changed()
         matters = found < lasts and (began in self.taints or (cause.how == "slow" and bool(self._hit(fault))))
         if matters and self.job.is_alive and not self.queueing:
+            self.world.event(STAGE, "detection", self.here, by=by)
             self._stop(Stop(fault, found=True, before=began if cause.how == "corrupt" else math.inf))
 
     def _stop(self, stop: Stop) -> None:
@@ -140,6 +148,7 @@ class Pretraining:
         slots = [self.servers.fail(server, fault.cause, failures.repair.at(fault.luck.repair)) for server in gone]
         self._count_fall(fault.cause)
         self.luck, self.place = fault.luck, float(self.step)
+        self.seen, _ = detector(failures, cause)
         self._settle()
         down = noticed(failures, cause, stop)
         if self.replicas.can_go_on(slots):
@@ -150,7 +159,7 @@ class Pretraining:
         saved = self._warned(cause)
         bad = spoilt(self.plan.checkpoint.spoilt, fault.luck)
         load = self.checkpoints.remote.load if saved else self._back(held(cause), stop.before, bad=bad)
-        self.ahead = [*saved, *down, *raised(failures, fault.luck, self.init, load, known=cause.planned)]
+        self.ahead = [*saved, *down, *raised(failures, fault.luck, self.init, load, known=stop.found or cause.planned or cause.notice > 0)]
 
     def _count_fall(self, cause: str) -> None:
         self.falls[cause] += 1
@@ -170,6 +179,7 @@ class Pretraining:
     def _back(self, tiers: set[str], before: float = math.inf, step: float = math.inf, bad: int = 0) -> float | None:
         """Back to a checkpoint; returns the time to load it, None where there is none and the run starts over."""
         chosen, passed = self.checkpoints.fall(self.world.now, tiers, before, step, bad)
+        self.unsafe.clear()
         self.place = 0.0 if chosen is None else float(chosen.step)
         self.evaluated = self.evaluated if self.evaluated <= self.step else -1
         self.taints = {moment for moment in self.taints if chosen is not None and moment <= chosen.begun}
@@ -204,7 +214,7 @@ class Pretraining:
 
     def _tell(self, state: str, seconds: float) -> None:
         if state == "detect":
-            self.world.event(STAGE, "detection", self.step)
+            self.world.event(STAGE, "detection", self.step, by=self.seen)
         if state == "checkpoint":
             self._saved(self.checkpoints.add(self.step, self.world.now - seconds, self.world.now, self.checkpoints.remote))
 
@@ -286,7 +296,7 @@ class Pretraining:
         """As far as the goal, or until the pace changes or a fault strikes."""
         start, first, shape = self.world.now, self.place, self.shape
         stride, mix, again = shape.stride, shape.mix, shape.again
-        self.walking = True
+        self.walking, self.leg = True, (start, first, stride)
         try:
             yield self.world.env.timeout((goal - first) * stride)
             self.place = goal

@@ -56,16 +56,17 @@ class Replicas:
         for state, seconds in rungs:
             if self.mending.get(group) is not slots:
                 return
-            self._enter(group, state)
             if state == "queue":
                 for slot in slots:
-                    server = yield self.servers.yard.get()
+                    self._enter(group, "reallocate" if self.servers.cold and not self.servers.yard.items else "queue")
+                    server = yield from self.servers.one(f.boot.at(luck.boot))
                     if self.mending.get(group) is not slots:
                         yield self.servers.yard.put(server)
                         return
                     old = self.servers.put(slot, server)
                     self.world.event("pretrain", "replacement", server=old, spare=server)
             else:
+                self._enter(group, state)
                 yield self.world.env.timeout(seconds)
         if self.mending.get(group) is slots:
             del self.mending[group], self.shape.down[group]
