@@ -44,6 +44,8 @@ QUANTITIES: dict[str, tuple[str, str]] = {
     "bigram_bits_per_byte": ("bit/B", "the same of an interpolated bigram trained on the tokens that the model saw"),
     "parameters": ("count", "parameters of the model"),
     "checkpoint_bytes": ("B", "size of one checkpoint"),
+    "checkpoint_interval": ("s", "training from one checkpoint to the next"),
+    "best_interval": ("s", "the same, where it would waste least"),
     "wall_clock": ("s", "time from start to end"),
     "goodput": ("1", "useful tokens over those of an undisturbed run in the same time"),
     "ettr": ("1", "effective training time ratio: time in steps that counted over wall clock of pre-training"),

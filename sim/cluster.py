@@ -93,15 +93,16 @@ class Servers:
         if server < self.nodes:
             self.away.add(server)
         self.empty[slot] = server
-        self.world.env.process(self._mend(server, cause, repair))
-        return slot
-
-    def _mend(self, server: int, cause: str, repair: float) -> Course[None]:
         now = self.world.now
         self.world.timeline.bars.append(Bar(cause, now, now + repair, "repair", f"server {server} in repair"))
-        yield self.world.env.timeout(repair)
-        self.world.event("cluster", "repaired", server=server)
-        yield self.yard.put(server)
+        done = self.world.env.timeout(repair, server)
+        assert done.callbacks is not None
+        done.callbacks.append(self._mended)
+        return slot
+
+    def _mended(self, done: simpy.Event) -> None:
+        self.world.event("cluster", "repaired", server=done.value)
+        self.yard.put(done.value)
 
     def take(self) -> bool:
         """Take at once what the yard has, then cold spares; returns whether one of these must boot first."""

@@ -31,6 +31,7 @@ class History:
     falls: Mapping[str, int] = field(default_factory=dict)  # by cause
     lost: Mapping[str, float] = field(default_factory=dict)  # wall clock on the way back up and over old ground, by cause [s]
     resized: bool = False
+    blocked: float = 0.0  # time that training waits for one checkpoint [s]
     trained: float = 0.0  # wall clock of pre-training [s]
 
     @property
@@ -64,6 +65,7 @@ def _live(world: World, history: History, seed: int) -> Course[None]:
     yield from job.run()
     history.steps, history.trained = job.step, world.now - began
     history.falls, history.lost, history.resized = job.falls, job.lost, bool(job.shape.smaller.known)
+    history.blocked = job.checkpoints.remote.block
     world.event("run", "end")
 
 

@@ -8,6 +8,7 @@ which way leads up again, `checkpoint.py` where a fall ends, `elastic.py` how fa
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
 import simpy
 
@@ -54,6 +55,9 @@ class Pretraining:
         self.falls: Counter[str] = Counter()
         self.lost: dict[str, float] = defaultdict(float)  # seconds, by the cause of the last fall
         self.blame: str | None = None
+        self.swapped: list[tuple[int, int]] = []  # servers that changed and of which nothing was told yet
+        self.resized = False
+        self.seen = ""  # who noticed the last fault
         self.in_a_row = self.passed_over = 0
 
     @property
@@ -200,53 +204,79 @@ class Pretraining:
 
     def _rise(self) -> Course[None]:
         """What is ahead, in order; a fault on the way up is a new fall."""
-        for state, seconds in self.ahead:
-            if state == "reallocate":
-                yield from self._reallocate(seconds)
-            else:
-                yield from self._spend(state, seconds)
-            self._tell(state, seconds)
+        swap = next((i for i, (state, _) in enumerate(self.ahead) if state == "reallocate"), None)
+        if swap is not None:
+            below, above = self.ahead[:swap], self.ahead[swap:]
+            yield from self._climb(below)
+            above = (yield from self._manned(above[0])) + above[1:]
             if self.finished:
                 return
+            yield from self._climb(above)
+        else:
+            yield from self._climb(self.ahead)
         if self.falls:
             self.world.event(STAGE, "restart", self.step, **({"passed_over": self.passed_over} if self.passed_over else {}))
             self.passed_over = 0
 
-    def _tell(self, state: str, seconds: float) -> None:
-        if state == "detect":
-            self.world.event(STAGE, "detection", self.step, by=self.seen)
-        if state == "checkpoint":
-            self._saved(self.checkpoints.add(self.step, self.world.now - seconds, self.world.now, self.checkpoints.remote))
+    def _climb(self, rungs: list[Rung]) -> Course[None]:
+        """Rungs in one go; where a fault ends the climb, those below it are done."""
+        at = self.world.now
+        ends = list(accumulate((seconds for _, seconds in rungs), initial=at))[1:]
+        whole = False
+        try:
+            if ends and ends[-1] > at:
+                yield self.world.env.timeout(ends[-1] - at)
+            whole = True
+        finally:
+            now = self.world.now
+            for (state, _), end in zip(rungs, ends, strict=True):
+                done = whole or end <= now
+                stop = now if whole and end is ends[-1] else min(end, now)
+                self._book(state, at, stop)
+                at = stop
+                if not done:
+                    break
+                self._tell(state, at)
 
-    def _reallocate(self, seconds: float) -> Course[None]:
-        """A server for every empty slot: a spare, a cold one, a repaired one; or a smaller mesh."""
+    def _tell(self, state: str, at: float) -> None:
+        """What is done at the end of a rung."""
+        if state == "detect":
+            self.world.timeline.event(at, STAGE, "detection", self.step, by=self.seen)
+        if state == "checkpoint":
+            self._saved(self.checkpoints.add(self.step, at, at, self.checkpoints.remote))
+        if state == "reallocate":
+            for old, new in self.swapped:
+                self.world.timeline.event(at, STAGE, "replacement", self.step, server=old, spare=new)
+            if self.resized:
+                self.world.timeline.event(at, STAGE, "resize", self.step, servers=self.shape.servers)
+            self.swapped, self.resized = [], False
+
+    def _manned(self, swap: Rung) -> Course[list[Rung]]:
+        """A server for every empty slot: a spare, a cold one, a repaired one; or a smaller mesh. Returns what that takes."""
         if not self.servers.empty:
-            return
+            return []
+        state, seconds = swap
         if self.servers.take():
             seconds += self.plan.failures.boot.at(self.luck.boot)
-        nodes = self.plan.cluster.nodes
-        fitting = nodes
+        fitting = nodes = self.plan.cluster.nodes
         if self.servers.short and self.plan.failures.without_spare == "shrink":
-            fitting = self.shape.smaller.fitting(nodes - self.servers.short)
-        if self.servers.short and fitting in (0, nodes):
-            fitting = nodes
+            fitting = self.shape.smaller.fitting(nodes - self.servers.short) or nodes
+        if self.servers.short and fitting == nodes:
             yield from self._queue()
             if self.finished:
-                return
-        yield from self._spend("reallocate", seconds)
-        for old, new in self.servers.fill():
-            self.world.event(STAGE, "replacement", self.step, server=old, spare=new)
+                return []
+        self.swapped += self.servers.fill()
         if self.shape.servers != fitting:
-            self.shape.servers = fitting
+            self.shape.servers, self.resized = fitting, True
             self.shape.settle()
-            self.world.event(STAGE, "resize", self.step, servers=fitting)
+        return [(state, seconds)]
 
     def _queue(self) -> Course[None]:
         """Wait for a repaired server when no spare is left; the end of the allocation ends the wait."""
         start, self.queueing = self.world.now, True
         yield from self.servers.wait(max(0.0, self.deadline - start))
         self.queueing = False
-        self._book("queue", start)
+        self._book("queue", start, self.world.now)
         self.finished = self.servers.short > 0
 
     def _may_grow(self) -> bool:
@@ -354,12 +384,12 @@ class Pretraining:
         try:
             yield self.world.env.timeout(seconds)
         finally:
-            self._book(state, start)
+            self._book(state, start, self.world.now)
 
-    def _book(self, state: str, start: float) -> None:
-        self.world.timeline.spend(STAGE, WHOLLY[state], start, self.world.now)
+    def _book(self, state: str, start: float, stop: float) -> None:
+        self.world.timeline.spend(STAGE, WHOLLY[state], start, stop)
         if state not in ("evaluate", "checkpoint"):
-            self._blame(self.world.now - start)
+            self._blame(stop - start)
 
     def _blame(self, seconds: float) -> None:
         if self.blame is not None:

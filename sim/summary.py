@@ -7,7 +7,9 @@ import numpy as np
 from conf.arithmetic import flops_per_token, parameters, state_bytes
 from conf.plan import Plan
 from conf.record import Value
+from sim.checkpoint import best_interval
 from sim.cluster import per_second
+from sim.failures import rate
 from sim.life import History
 
 
@@ -34,6 +36,10 @@ def pretraining(history: History) -> dict[str, float]:
         "parameters": float(parameters(plan.model)),
         "checkpoint_bytes": float(state_bytes(plan.model)),
     }
+    if plan.checkpoint.every:
+        told["checkpoint_interval"] = plan.checkpoint.every * pace.stride
+    if (often := rate(plan)) and history.blocked:
+        told["best_interval"] = best_interval(history.blocked, 1 / often)
     tokens = plan.samples(history.steps) * plan.train.seq_len
     return told | ({"final_loss": loss(plan, tokens)} if plan.law.name != "none" and tokens else {})
 

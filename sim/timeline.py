@@ -4,6 +4,7 @@ A tape on which every stretch of time is written once. A stretch that leaves a g
 at once, not found at the end in a sum that is off.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -68,12 +69,14 @@ class Timeline:
 
     def states(self) -> dict[str, float]:
         """Rank-seconds by state; a run has thousands of stretches and a handful of mixes."""
-        spent: dict[int, float] = defaultdict(float)
-        mixes = {id(segment.mix): segment.mix for segment in self.segments}
+        spent: dict[int, tuple[Mapping[str, float], list[float]]] = {}
         for _, start, stop, mix, _ in self.segments:
-            spent[id(mix)] += stop - start
+            key = id(mix)
+            if key not in spent:
+                spent[key] = (mix, [])
+            spent[key][1].append(stop - start)
         totals: dict[str, float] = defaultdict(float)
-        for key, mix in mixes.items():
+        for mix, seconds in spent.values():
             for state, share in mix.items():
-                totals[state] += share * spent[key] * self.ranks
+                totals[state] += share * math.fsum(seconds) * self.ranks
         return dict(totals)

@@ -28,7 +28,7 @@ def one_line(err: str) -> str:
         (["sim", "model=nanno"], "model=nanno is no model; did you mean nano?"),
         (["sim", "cluster.nodse=3"], "cluster.nodse=3 is not a key of cluster; did you mean nodes?"),
         (["sim", "+cluster.nodse=3"], "cluster.nodse=3 is not a key of cluster; did you mean nodes?"),
-        (["sim", "failures=llama3", "failures.causes.gpu.rate='-1 1/d'"], "failures.causes.gpu.rate=-1.1574074074074073e-05 must be above 0"),
+        (["sim", "failures=llama3", "failures.causes.gpu.rate='-1 1/d'"], "gpu.rate=-1.1574074074074073e-05 must be above 0"),
         (["sim", "failures=llama3", "failures.causes.gpu.rate='0 1/d'"], "failures.causes.gpu.rate=0.0 must be above 0"),
         (["sim", "failures=llama3", "failures.causes.gpu.shape=0"], "failures.causes.gpu.shape=0.0 must be above 0"),
         (["sim", "failures=llama3", "failures.causes.gpu.how=explode"], "how=explode is not known"),

@@ -14,7 +14,7 @@ HOMES = {"simpy": {"sim"}, "torch": {"real"}, "matplotlib": {"analysis"}, "hydra
 # Modules without a twin; ARCHITECTURE.md says why for each.
 ALONE = {
     "sim": {"failures", "story", "whatif", "expect", "sweep", "search", "advice", "step", "schedule", "flows", "recovery", "replica",
-            "elastic", "pace", "traffic"},
+            "elastic", "pace", "traffic", "lives", "sensitivity"},
     "real": {
         "attention", "bigram", "collectives", "data", "dry", "fp8", "huggingface", "initial", "layers", "loss", "measure", "model", "moe",
         "muon", "optim", "pipeline", "progress", "slurm", "stage", "trainer",
