@@ -78,7 +78,7 @@ class Checkpoints:
 
     def busy(self, tier: Tier, now: float) -> float:
         """Seconds until the tier has written what it was given."""
-        return max((s.safe - now for s in self.kept[-len(self.tiers) :] if s.tier is tier), default=0.0)
+        return max((s.safe - now for s in self.kept if s.tier is tier), default=0.0)
 
     def add(self, step: int, begun: float, safe: float, tier: Tier) -> Saved:
         """A state taken at `begun`; older ones that nobody keeps are dropped."""

@@ -1,8 +1,8 @@
 """Pre-training: steps until the end, with falls in between.
 
 A hike with a known pace. The clock jumps from one event to the next (evaluation, checkpoint, fault), never step by step;
-when a fault strikes on the way, the distance walked follows from the pace. `failures.py` says what strikes, `recovery.py`
-which way leads up again, `checkpoint.py` where a fall ends, `elastic.py` how fast the job is as it stands; here they meet.
+when a fault strikes on the way, the distance walked follows from the pace. `storm.py` brings what strikes, `recovery.py`
+says which way leads up again, `checkpoint.py` where a fall ends, `elastic.py` how fast the job is as it stands; here they meet.
 """
 
 import math
@@ -21,6 +21,7 @@ from sim.failures import Fault, Luck
 from sim.pace import Pace
 from sim.recovery import Rung, Stop, detector, held, noticed, raised, spoilt
 from sim.replica import Replicas
+from sim.storm import Storm
 from sim.timeline import WHOLLY
 
 STAGE = "pretrain"
@@ -32,12 +33,13 @@ class Pretraining:
     """The job: rises (start, or recovery), trains, falls, rises again."""
 
     def __init__(self, world: World, pace: Pace, faults: Iterator[Fault], spikes: Iterator[int] | None = None) -> None:
-        self.world, self.plan, self.pace, self.faults = world, world.plan, pace, faults
+        self.world, self.plan, self.pace = world, world.plan, pace
+        self.storm = Storm(self, faults)
         self.spikes: Iterator[int] = iter(()) if spikes is None else spikes
         self.checkpoints = Checkpoints(world.plan, world.rates, pace.stride)
         self.servers = Servers(world)
         self.shape = Shape(world.plan, pace)
-        self.replicas = Replicas(world, self.servers, self.shape, self._changed)
+        self.replicas = Replicas(world, self.servers, self.shape, self.changed)
         self.init = world.plan.failures.init.of_mean(world.rates.init)
         self.began = world.now
         self.deadline = self.began + (math.inf if self.plan.train.stop_after is None else self.plan.train.stop_after)
@@ -47,11 +49,11 @@ class Pretraining:
         self.spike = next(self.spikes, math.inf)
         self.evaluated = -1
         self.finished = self.queueing = self.walking = False
+        self.together = True  # on the way up as one job, not only standing still while a replica leaves
         self.leg = (0.0, 0.0, 1.0)  # where and when the walk on the way began, and its stride
         self.luck = Luck()
         self.ahead: list[Rung] = [("init", world.rates.init)]  # what must be done before steps
         self.unsafe: list[Saved] = []  # saves of which the record does not tell yet
-        self.taints: set[float] = set()  # moments at which the state was silently corrupted
         self.falls: Counter[str] = Counter()
         self.lost: dict[str, float] = defaultdict(float)  # seconds, by the cause of the last fall
         self.blame: str | None = None
@@ -73,9 +75,9 @@ class Pretraining:
     def run(self) -> Course[None]:
         """From the start of the ranks to the last checkpoint."""
         self.world.event(STAGE, "start")
-        self.job = self.world.env.process(self._live())
-        self.world.env.process(self._strike())
-        yield self.job
+        self.process = self.world.env.process(self._live())
+        self.world.env.process(self.storm.blow())
+        yield self.process
         self.world.event(STAGE, "end", self.step)
 
     def _live(self) -> Course[None]:
@@ -87,59 +89,17 @@ class Pretraining:
                 assert isinstance(stop.cause, Stop)
                 self._fall(stop.cause)
 
-    # -- what strikes
-
-    def _strike(self) -> Course[None]:
-        """Faults arrive by the wall clock. One that hits a server outside the job, or a job that waits for a server, does nothing."""
-        for fault in self.faults:
-            yield self.world.env.timeout(self.began + fault.at - self.world.now)
-            if not self.job.is_alive:
-                return
-            cause = self.plan.failures.causes[fault.cause]
-            if not self.queueing and (cause.per == "job" or self._hit(fault)):
-                if cause.how in ("slow", "corrupt"):
-                    self.world.env.process(self._creep(fault))
-                else:
-                    self._stop(Stop(fault))
-
-    def _hit(self, fault: Fault) -> list[int]:
-        """Servers that a fault takes from the job: in a slot, in the mesh, in a replica that is up."""
-        reach = self.shape.servers + len(self.servers.empty)
-        struck = self.servers.struck(fault.server, self.plan.failures.causes[fault.cause].blast)
-        slots = {server: self.servers.slot(server) for server in struck}
-        return [s for s, slot in slots.items() if slot is not None and slot < reach and self.replicas.of(slot) not in self.replicas.mending]
-
-    def _creep(self, fault: Fault) -> Course[None]:
-        """What does harm unseen until it is found out: a slow server until it recovers, corruption for as long as it takes."""
-        cause, began = self.plan.failures.causes[fault.cause], self.world.now
-        by, span = detector(self.plan.failures, cause)
-        found = math.inf if span is None else span.at(fault.luck.detect)
-        lasts = cause.lasts.at(fault.luck.lasts) if cause.how == "slow" else math.inf
-        if cause.how == "slow":
-            self.world.event(STAGE, "straggler", self.here, cause=fault.cause, factor=cause.factor)
-            self.shape.slow.append(cause.factor)
-            self._changed()
-        else:
-            self.taints.add(began)
-        yield self.world.env.timeout(min(found, lasts))
-        if cause.how == "slow":
-            self.shape.slow.remove(cause.factor)
-            self._changed()
-        matters = found < lasts and (began in self.taints or (cause.how == "slow" and bool(self._hit(fault))))
-        if matters and self.job.is_alive and not self.queueing:
-            self.world.event(STAGE, "detection", self.here, by=by)
-            self._stop(Stop(fault, found=True, before=began if cause.how == "corrupt" else math.inf))
-
-    def _stop(self, stop: Stop) -> None:
+    def stop(self, stop: Stop) -> None:
+        """Out of whatever it is doing."""
         self.walking = False
-        self.job.interrupt(stop)
+        self.process.interrupt(stop)
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
         """The pace is another one from now on; a walk on the way goes on at it."""
         self.shape.settle()
         if self.walking:
             self.walking = False
-            self.job.interrupt()
+            self.process.interrupt()
 
     # -- falling
 
@@ -147,7 +107,7 @@ class Pretraining:
         """Out of step, with the way up laid out."""
         fault, failures = stop.fault, self.plan.failures
         cause = failures.causes[fault.cause]
-        gone = [] if cause.per == "job" else self._hit(fault)
+        gone = self.storm.hit(fault)
         self.world.event(STAGE, "failure", self.step, cause=fault.cause, server=gone[0] if gone else None, planned=cause.planned)
         slots = [self.servers.fail(server, fault.cause, failures.repair.at(fault.luck.repair)) for server in gone]
         self._count_fall(fault.cause)
@@ -155,11 +115,12 @@ class Pretraining:
         self.seen, _ = detector(failures, cause)
         self._settle()
         down = noticed(failures, cause, stop)
-        if self.replicas.can_go_on(slots):
+        if not self.together and self.replicas.can_go_on(slots):
             self.replicas.leave(slots, fault.luck, sum(seconds for _, seconds in down))
             self.ahead, self.in_a_row = down, 0
             return
         self.replicas.fold()
+        self.together = True
         saved = self._warned(cause)
         bad = spoilt(self.plan.checkpoint.spoilt, fault.luck)
         load = self.checkpoints.remote.load if saved else self._back(held(cause), stop.before, bad=bad)
@@ -176,7 +137,7 @@ class Pretraining:
     def _warned(self, cause: Cause) -> list[Rung]:
         """Where there was warning enough, and something to lose, a checkpoint before all else."""
         remote = self.checkpoints.remote
-        newest = self.checkpoints.kept[-1].step if self.checkpoints.kept else 0
+        newest = max((saved.step for saved in self.checkpoints.kept if saved.safe <= self.world.now), default=0)
         seconds = remote.block + remote.later
         return [("checkpoint", seconds)] if self.step > newest and (cause.notice >= seconds > 0 or cause.how == "slow") else []
 
@@ -186,7 +147,7 @@ class Pretraining:
         self.unsafe.clear()
         self.place = 0.0 if chosen is None else float(chosen.step)
         self.evaluated = self.evaluated if self.evaluated <= self.step else -1
-        self.taints = {moment for moment in self.taints if chosen is not None and moment <= chosen.begun}
+        self.storm.heal(-math.inf if chosen is None else chosen.begun)
         self.passed_over = passed
         return None if chosen is None else chosen.tier.load * (1 + passed)
 
@@ -194,7 +155,8 @@ class Pretraining:
         """The loss spiked: back to well before it, from where other data are taken."""
         self.world.event(STAGE, "spike", self.step)
         self._count_fall(SPIKE)
-        self.spike = next(self.spikes, math.inf)
+        while self.spike <= self.step:
+            self.spike = next(self.spikes, math.inf)
         self._settle()
         load = self._back(held(None), step=self.step - self.plan.failures.spikes.rewind)
         self.world.event(STAGE, "rollback", self.step)
@@ -214,6 +176,7 @@ class Pretraining:
             yield from self._climb(above)
         else:
             yield from self._climb(self.ahead)
+        self.together = False
         if self.falls:
             self.world.event(STAGE, "restart", self.step, **({"passed_over": self.passed_over} if self.passed_over else {}))
             self.passed_over = 0
@@ -229,12 +192,11 @@ class Pretraining:
             whole = True
         finally:
             now = self.world.now
-            for (state, _), end in zip(rungs, ends, strict=True):
-                done = whole or end <= now
-                stop = now if whole and end is ends[-1] else min(end, now)
-                self._book(state, at, stop)
-                at = stop
-                if not done:
+            ends = [*(min(end, now) for end in ends[:-1]), now] if whole else ends
+            for (state, _), end in zip(rungs, ends, strict=False):
+                self._book(state, at, min(end, now))
+                at = min(end, now)
+                if end > now:
                     break
                 self._tell(state, at)
 
@@ -280,8 +242,8 @@ class Pretraining:
         self.finished = self.servers.short > 0
 
     def _may_grow(self) -> bool:
-        """Whether a job that shrank has servers for a larger mesh."""
-        if self.shape.servers == self.plan.cluster.nodes:
+        """Whether a job that shrank has servers for a larger mesh, and has just saved."""
+        if self.shape.servers == self.plan.cluster.nodes or not due(self.step, self.checkpoints.remote.every):
             return False
         there = self.plan.cluster.nodes - self.servers.short + len(self.servers.yard.items)
         return self.shape.smaller.fitting(min(there, self.plan.cluster.nodes)) > self.shape.servers
@@ -306,7 +268,7 @@ class Pretraining:
             if over:
                 yield from self._spend("checkpoint", self.checkpoints.busy(self.checkpoints.remote, self.world.now))
                 self._settle()
-            elif self.shape.servers < self.plan.cluster.nodes and self._may_grow() and due(self.step, self.checkpoints.remote.every):
+            elif self._may_grow():
                 self.ahead = raised(self.plan.failures, self.luck, self.init, self.checkpoints.remote.load, known=True)
                 return
             self.finished = over

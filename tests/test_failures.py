@@ -4,7 +4,7 @@ import math
 import runpy
 from collections import Counter
 from dataclasses import replace
-from itertools import islice, takewhile
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +222,61 @@ def test_who_is_warned_saves_first(plan: Plan):
     )
     for save, step in ((3.0, 147), (8.0, 100)):
         assert [s for _, _, s in moments(scripted(spot, [Fault(150.0 + save - 3, "spot", 3)], save), "restart")] == [step]
+
+
+def test_a_server_lost_on_the_way_up_does_not_cut_the_way_short(plan: Plan):
+    """Replicas restart alone, but not while all come up together: after the hang all ranks start and load once more."""
+    two = plan.but(**{"mesh.dp_replicate": 2, "mesh.dp_shard": 100, "failures.restart": "replica", "failures.timeout": "10 s",
+                      "failures.repair": 0.0, "checkpoint.every": 100, "cluster.nic_bandwidth": math.inf})  # fmt: skip
+    causes = {"hang": Cause(per="job", rate=1e-9, how="hang"), "server": Cause(per="node", rate=1e-9)}
+    two = two.but(**{"failures.causes": causes, "failures.diagnose": "20 s"})
+    job = scripted(two, [Fault(150.0, "hang", 0), Fault(170.0, "server", 3)])
+    assert moments(job, "restart", "rejoin", "end") == [(190.0, "restart", 100), (390.0, "end", 300)]
+    job = scripted(two, [Fault(150.0, "server", 3)])
+    assert moments(job, "restart", "rejoin", "end") == [(150.0, "restart", 150), (170.0, "rejoin", None), (310.0, "end", 300)]
+
+
+def wild(seed: int) -> Plan:
+    """A plan with a bit of everything that can go wrong, and any policy."""
+    draw = np.random.default_rng(seed)
+    count = int(draw.choice([4, 6, 8]))
+    replicas = int(draw.choice([1, 2]))
+    laws = ["5 s", "20 s exponential", "10 s lognormal 1.5"]
+    phases = {phase: str(draw.choice(laws)) for phase in ("detect", "timeout", "abort", "diagnose", "reallocate", "boot", "init")}
+    words = [f"cluster.nodes={count}", "cluster.gpus_per_node=1", f"cluster.spares={draw.integers(0, 3)}",
+             f"cluster.cold_spares={draw.integers(0, 3)}", f"mesh.dp_replicate={replicas}", "train.global_batch=24", "train.micro_batch=1",
+             "data.path=null", "data.tokens=1000000", "train.steps=3000", "checkpoint.every=200", "train.evaluate_every=500",
+             f"checkpoint.asynchronous={str(bool(draw.integers(2))).lower()}", f"checkpoint.memory_every={draw.choice([0, 50])}",
+             "checkpoint.local_every=70", "cluster.local_bandwidth='1 GB/s'", f"checkpoint.spoilt={draw.choice([0, 0.2])}",
+             f"failures.restart={'replica' if replicas == 2 and draw.integers(2) else 'job'}",
+             f"failures.without_spare={draw.choice(['wait', 'shrink'])}", f"failures.spikes.every={draw.choice([0, 900])}",
+             f"failures.frailty={draw.choice([0, 1])}", "failures.repair='400 s exponential'",
+             "failures.checksum='150 s exponential'",
+             f"failures.score={draw.choice(['null', '40 s'])}"]  # fmt: skip
+    words += [f"failures.{phase}='{law}'" for phase, law in phases.items()]
+    node = 1 / 4000.0
+    causes = {
+        "server": Cause(per="node", rate=node, shape=float(draw.choice([0.7, 1.0]))),
+        "switch": Cause(per="switch", rate=node, blast=2),
+        "hang": Cause(per="job", rate=node),
+        "slow": Cause(per="gpu", rate=node, how="slow", factor=1.4, lasts="60 s lognormal 1.0"),
+        "corrupt": Cause(per="gpu", rate=node / 2, how="corrupt"),
+        "spot": Cause(per="node", rate=node, notice=float(draw.choice([0.1, 30.0]))),
+        "planned": Cause(per="job", rate=node, planned=True),
+    }
+    return load(words).but(**{"failures.causes": causes})
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_whatever_goes_wrong_time_energy_money_and_steps_add_up(seed: int):
+    """Every life asserts it (sim/life.py); here with all that can happen at once."""
+    plan = wild(seed)
+    life = live(plan, seed, replace(SECOND, evaluate=3.0), replace(speeds(plan, 4.0), init=5.0))
+    assert life.steps == 3000 and len(life.falls) >= 4
+    assert all(one.stop == other.start for one, other in pairwise(life.timeline.segments))
+    assert sum(life.lost.values()) < life.trained
+    again = live(plan, seed, replace(SECOND, evaluate=3.0), replace(speeds(plan, 4.0), init=5.0))
+    assert again.timeline.segments == life.timeline.segments and again.timeline.happenings == life.timeline.happenings
 
 
 # -- where mathematics knows the answer
