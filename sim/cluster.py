@@ -81,10 +81,6 @@ class Servers:
             return server
         return self.guests.get(server)
 
-    def struck(self, first: int, blast: int) -> list[int]:
-        """Of neighbouring servers, those in the job."""
-        return [server for server in range(first, first + blast) if self.slot(server) is not None]
-
     def fail(self, server: int, cause: str, repair: float) -> int:
         """Empty a server's slot and send it to the workshop; returns the slot."""
         slot = self.slot(server)

@@ -105,9 +105,8 @@ class Pretraining:
 
     def _fall(self, stop: Stop) -> None:
         """Out of step, with the way up laid out."""
-        fault, failures = stop.fault, self.plan.failures
+        fault, gone, failures = stop.fault, stop.gone, self.plan.failures
         cause = failures.causes[fault.cause]
-        gone = self.storm.hit(fault)
         self.world.event(STAGE, "failure", self.step, cause=fault.cause, server=gone[0] if gone else None, planned=cause.planned)
         slots = [self.servers.fail(server, fault.cause, failures.repair.at(fault.luck.repair)) for server in gone]
         self._count_fall(fault.cause)
@@ -309,7 +308,8 @@ class Pretraining:
         if border > start:
             self.world.timeline.spend(STAGE, again, start, border, step)
             self._blame(border - start)
-        self.world.timeline.spend(STAGE, mix, border, now, step)
+        if now > border:
+            self.world.timeline.spend(STAGE, mix, border, now, step)
 
     def _evaluate(self) -> Course[None]:
         yield from self._spend("evaluate", self.pace.evaluate)
@@ -318,7 +318,8 @@ class Pretraining:
 
     def _save(self, tier: Tier) -> Course[None]:
         """Training waits for the save before, and for its part of this one."""
-        yield from self._spend("checkpoint", self.checkpoints.busy(tier, self.world.now))
+        if tier.later and (busy := self.checkpoints.busy(tier, self.world.now)) > 0:
+            yield from self._spend("checkpoint", busy)
         begun = self.world.now
         yield from self._spend("checkpoint", tier.block)
         self._saved(self.checkpoints.add(self.step, begun, self.world.now + tier.later, tier))
@@ -330,6 +331,8 @@ class Pretraining:
 
     def _settle(self) -> None:
         """Tell of the saves that have become safe; a fall forgets the others."""
+        if not self.unsafe:
+            return
         now = self.world.now
         for saved in self.unsafe:
             if saved.safe <= now:
@@ -349,6 +352,8 @@ class Pretraining:
             self._book(state, start, self.world.now)
 
     def _book(self, state: str, start: float, stop: float) -> None:
+        if stop == start:
+            return
         self.world.timeline.spend(STAGE, WHOLLY[state], start, stop)
         if state not in ("evaluate", "checkpoint"):
             self._blame(stop - start)

@@ -17,6 +17,7 @@ class Stop(NamedTuple):
     """Why the job stops."""
 
     fault: Fault
+    gone: list[int]  # servers that it takes from the job
     found: bool = False  # it was found out beside the training, and needs no detection any more
     before: float = float("inf")  # only what was saved before this moment can be trusted
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from conf.plan import Cause
 from sim.cluster import Course
 from sim.failures import Fault
 from sim.recovery import Stop, detector
@@ -32,23 +33,28 @@ class Storm:
             if self.job.finished:
                 return
             cause = self.failures.causes[fault.cause]
-            if self.job.queueing or not (cause.per == "job" or self.hit(fault)):
+            gone = self.hit(fault, cause)
+            if self.job.queueing or not (gone or cause.per == "job"):
                 continue
             if cause.how == "slow":
                 self.world.env.process(self._slow(fault))
             elif cause.how == "corrupt":
                 self.world.env.process(self._corrupt(fault))
             else:
-                self.job.stop(Stop(fault))
+                self.job.stop(Stop(fault, gone))
 
-    def hit(self, fault: Fault) -> list[int]:
+    def hit(self, fault: Fault, cause: Cause) -> list[int]:
         """Servers that a fault takes from the job: in a slot, in the mesh, in a replica that is up."""
-        job, cause = self.job, self.failures.causes[fault.cause]
         if cause.per == "job":
             return []
-        reach = job.shape.servers + len(job.servers.empty)
-        slots = {server: job.servers.slot(server) for server in job.servers.struck(fault.server, cause.blast)}
-        return [s for s, slot in slots.items() if slot is not None and slot < reach and job.replicas.of(slot) not in job.replicas.mending]
+        job = self.job
+        reach, mending = job.shape.servers + len(job.servers.empty), job.replicas.mending
+        gone = []
+        for server in range(fault.server, fault.server + cause.blast):
+            slot = job.servers.slot(server)
+            if slot is not None and slot < reach and not (mending and job.replicas.of(slot) in mending):
+                gone.append(server)
+        return gone
 
     def _slow(self, fault: Fault) -> Course[None]:
         """A straggler drags all until it recovers, or until its score tells and it is replaced."""
@@ -61,18 +67,20 @@ class Storm:
         yield self.world.env.timeout(min(found, lasts))
         shape.slow.remove(cause.factor)
         self.job.changed()
-        if found < lasts and (cause.per == "job" or self.hit(fault)):
-            self._found(Stop(fault, found=True), by)
+        gone = self.hit(fault, cause)
+        if found < lasts and (gone or cause.per == "job"):
+            self._found(Stop(fault, gone, found=True), by)
 
     def _corrupt(self, fault: Fault) -> Course[None]:
         """Silent until it is found; then only what was saved before it can be trusted. A fall to such a save heals it unseen."""
         began = self.world.now
         self.taints.add(began)
-        by, span = detector(self.failures, self.failures.causes[fault.cause])
+        cause = self.failures.causes[fault.cause]
+        by, span = detector(self.failures, cause)
         assert span is not None
         yield self.world.env.timeout(span.at(fault.luck.detect))
         if began in self.taints:
-            self._found(Stop(fault, found=True, before=began), by)
+            self._found(Stop(fault, self.hit(fault, cause), found=True, before=began), by)
 
     def heal(self, until: float) -> None:
         """The state is again what it was at a moment: what struck it later is undone."""

@@ -377,4 +377,5 @@ if __name__ == "__main__":
             "saving": saving,
             "gpu": gpu,
             "forms": forms,
+            "life": life,
         }[name]()
