@@ -246,10 +246,11 @@ def _where(quantities: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _struck(quantities: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What struck, how often, and the wall clock that it cost."""
     names = [name.removesuffix(".lost") for name in quantities if name.endswith(".lost")]
-    rows = sorted(((quantities[f"{name}.lost"]["value"], name) for name in names), reverse=True)
-    lines = [f"  {name.removeprefix('cause-'):22} {show(quantities[f'{name}.interruptions']['value'], 'count'):>6} times   "
-             f"{show(lost, 's')}" for lost, name in rows]  # fmt: skip
-    return ["", "what struck, and what the way back up took", *lines] if lines else []
+    lost = sorted(((quantities[f"{name}.lost"], name) for name in names), key=lambda row: -row[0]["value"])
+    lines = [
+        f"  {name.removeprefix('cause-'):22} {_shown(quantities[f'{name}.interruptions']):24}{_shown(seconds)}" for seconds, name in lost
+    ]
+    return ["", "what struck, how often, and what the way back up took", *lines] if lines else []
 
 
 def farewell(folder: Path, overrides: list[str]) -> str:
