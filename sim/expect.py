@@ -57,7 +57,7 @@ def banded(plan: Plan, pace: Pace, told: Mapping[str, Value]) -> dict[str, Value
 
     The life is not lived again: what a slower or faster step does to a quantity is what it does to its mean.
     """
-    fast, slow = (math.exp(side * EIGHTY * plan.gpu.error) for side in (-1, 1))
+    fast, slow = (math.exp(side * EIGHTY * pace.error) for side in (-1, 1))
     usual, *sides = (expected(plan, pace.slowed(factor)) for factor in (1.0, fast, slow))
     shares = {name: sorted(side.get(name, 0.0) / mean for side in sides) for name, mean in usual.items() if mean}
     bands = {name: share for name, share in shares.items() if share[0] < share[1]}

@@ -46,12 +46,13 @@ def others(plan: Plan, count: int, precision: float | None, first: Mapping[str, 
 
     Every batch is spread over the step model's error, and has seeds of its own.
     """
-    work = partial(_life, plan, pace(plan), rates(plan))
+    step = pace(plan)
+    work = partial(_life, plan, step, rates(plan))
     told: list[Mapping[str, Value]] = [first]
     goal = count if precision is None else max(count, LEAST)
     while len(told) < goal:
         new = goal - len(told)
-        told += spread_out(work, [(plan.seed + len(told) + i, factor) for i, factor in enumerate(uncertain(plan, new))], each)
+        told += spread_out(work, [(plan.seed + len(told) + i, factor) for i, factor in enumerate(uncertain(plan, new, step.error))], each)
         if precision is not None and interval(told) > precision:
             goal = 2 * len(told)
         if goal > MOST:
