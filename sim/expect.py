@@ -17,6 +17,7 @@ from conf.plan import Plan
 from conf.record import Value
 from sim.failures import population, rate
 from sim.kernels import rates
+from sim.money import bill
 from sim.power import Meter
 from sim.pretrain import Pace
 from sim.summary import loss
@@ -86,8 +87,8 @@ def _down(plan: Plan, back: float) -> float:
 
 def _drawn(plan: Plan, pace: Pace, wall: float, steps: float) -> dict[str, float]:
     """Energy, carbon, hours and money of ranks that spend the share `steps` of the time in steps and the rest in other states."""
-    meter = Meter(plan, pace.mix)
+    meter = Meter(plan, pace.mix, pace.arithmetic, pace.stalled)
     energy = wall * (steps * meter.watts(pace.mix) + (1 - steps) * meter.watts({"init": 1.0}))
     hours = (plan.ranks + plan.cluster.spares * plan.cluster.gpus_per_node) * wall / HOUR
-    return {"run.gpu_hours": hours, "run.cost": hours * plan.price.gpu_hours[plan.gpu.name].mid, "run.energy": energy,
+    return {"run.gpu_hours": hours, "run.cost": bill(plan, hours, wall, energy).total[0], "run.energy": energy,
             "run.carbon_location": energy * plan.grid.intensity}  # fmt: skip

@@ -161,7 +161,7 @@ def throttle(plan: Plan) -> float:
     of V100 under caps of 0.4 to 0.9 of the limit within 5% (You et al. 2023, NSDI); no newer device was measured.
     """
     gpu, power = plan.gpu, plan.power
-    natural = gpu.idle_power + power.compute * (gpu.max_power - gpu.idle_power)
+    natural = min(gpu.max_power, gpu.idle_power + power.compute * (gpu.max_power - gpu.idle_power))
     if power.cap is None or power.cap >= natural:
         return 1.0
     static = gpu.cap_static * gpu.max_power

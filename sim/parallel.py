@@ -52,6 +52,8 @@ class Steps:
     memory: Array  # bytes, peak on a rank
     mfu: Array
     tokens_per_s: Array
+    arithmetic: Array  # seconds of compute in matrix products and attention
+    stalled: Array  # seconds of compute in which blocks wait for the host to launch kernels; the rest moves tensors
 
 
 def columns(plans: Sequence[Plan]) -> Any:
@@ -115,7 +117,8 @@ def predict(p: Any, device: Device, network: Network) -> Steps:
     evaluate = p.crowd * sequences * (part.layers * part.block_forward + part.ends_forward + gathers + 0.5 * part.units)
     rate = p.tokens_per_step / step_time
     mfu = rate * flops_per_token(p, p.seq_len) / (p.peak * p.ranks)
-    told = (step_time, compute, communication, bubble, optimizer, evaluate, memory(p).total, mfu, rate)
+    busy = (p.crowd * p.accumulation * part.arithmetic, p.crowd * p.accumulation * part.stalled)
+    told = (step_time, compute, communication, bubble, optimizer, evaluate, memory(p).total, mfu, rate, *busy)
     return Steps(*np.broadcast_arrays(*map(np.atleast_1d, told)))
 
 
@@ -125,6 +128,7 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
     forward, backward: compute of a micro-batch, ends included; weights: the part of backward that is the weights' gradients;
     block, ends: the same of one block, and of embedding and head; extra: by how much the ends make their rank busier;
     added: adding a micro-batch's gradients to those before; units: what sharding adds to a micro-batch;
+    arithmetic, stalled: the parts of forward and backward in matrix products and attention, and in waiting for the host;
     traffic: tensor-, context- and expert-parallel of a micro-batch; send: one message to a neighbour in the pipeline, and
     sends: waiting for those in a step; sharding: data-parallel traffic of a step; agreed: one number over all.
     """
@@ -144,7 +148,9 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
         block={"F": slowest * spent["forward"], "B": slowest * (spent["backward"] + again), "W": slowest * spent["weights"]},
         ends={"F": slowest * spent["ends.forward"], "B": slowest * spent["ends.backward"]}, extra=slowest * shown * ends,
         forward=slowest * forward, backward=slowest * backward, weights=slowest * layers * spent["weights"],
-        added=slowest * _accumulate(p, device), units=_units(p, device, layers),
+        arithmetic=slowest * (layers * (spent["arithmetic"] + p.recompute * spent["arithmetic.forward"])
+                              + shown * spent["ends.arithmetic"]),
+        stalled=slowest * layers * spent["stalled"], added=slowest * _accumulate(p, device), units=_units(p, device, layers),
         traffic=(1 - hidden) * _tensor_traffic(p, network, layers) + _expert_traffic(p, network, layers), send=send,
         sends=_sends(p, send), sharding=_sharding(p, network, layers, p.accumulation), agreed=agreed,
         optimizer=_optimizer(p, device) + agreed,
@@ -272,17 +278,28 @@ def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
 
 def _spent(p: Any, device: Device) -> dict[str, Array]:
     """Seconds on one micro-batch of a block, forward and backward, of its forward operations besides matrix products and
-    attention (which selective recomputation does again), of its weights' gradients, and of the model's ends."""
+    attention (which selective recomputation does again), of its weights' gradients, of the model's ends, of the arithmetic in
+    them, and of waiting for the host."""
     parts = {name: block_work(p, name) for name in ("forward", "backward")}
     parts |= {f"ends.{stage}": _ends(p, stage) for stage in ("forward", "backward")}
     seconds = iter(device.each([work for works in parts.values() for work in works]))
     timed = {name: [(work, _once(p, device, work) * next(seconds)) for work in works] for name, works in parts.items()}
     timed["weights"] = [(work, 0.5 * time) for work, time in timed["backward"] if work.products]
     timed["small"] = [(work, time) for work, time in timed["forward"] if work.kind.split(".")[0] not in ("matmul", "attention")]
+    both, ends = timed["forward"] + timed["backward"], timed["ends.forward"] + timed["ends.backward"]
+    timed |= {"arithmetic": _products(both), "arithmetic.forward": _products(timed["forward"]), "ends.arithmetic": _products(ends)}
     spent = {name: device["composition"] * sum(time for _, time in works) for name, works in timed.items()}
+    spent["stalled"] = np.zeros(())
     for name in ("forward", "backward"):
-        spent[name] = np.maximum(device["glue"] + spent[name], device["host"] * _calls(p, parts[name]))
+        kernels = device["glue"] + spent[name]
+        spent[name] = np.maximum(kernels, device["host"] * _calls(p, parts[name]))
+        spent["stalled"] = spent["stalled"] + spent[name] - kernels
     return spent
+
+
+def _products(timed: list[tuple[Work, Any]]) -> list[tuple[Work, Any]]:
+    """Those of some timed operations that are matrix products or attention."""
+    return [(work, time) for work, time in timed if work.products or work.chain is not None]
 
 
 def _once(p: Any, device: Device, work: Work) -> Any:

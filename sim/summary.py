@@ -9,6 +9,7 @@ from conf.plan import Plan
 from conf.record import Value
 from sim.cluster import per_second
 from sim.life import History
+from sim.load import load
 
 
 def summary(history: History) -> dict[str, Value]:
@@ -16,7 +17,9 @@ def summary(history: History) -> dict[str, Value]:
     told = {f"{stage}.{name}": Value(value) for stage, values in history.told.items() for name, value in values.items()}
     told |= {f"pretrain.{name}": Value(value) for name, value in pretraining(history).items()}
     told |= {f"run.{name}": Value(value) for name, value in run(history).items()}
-    told["run.cost"] = Value(*history.footprint.cost)
+    bill = history.footprint.bill
+    told["run.cost"] = Value(*bill.total)
+    told |= {f"run.cost_{item}": Value(*prices) for item, prices in bill._asdict().items() if prices[2]}
     told |= {f"state.{name}": Value(seconds) for name, seconds in history.timeline.states().items()}
     return told
 
@@ -51,6 +54,7 @@ def run(history: History) -> dict[str, float]:
     """Of the whole run; goodput and ETTR are of pre-training."""
     plan, pace, foot, trained = history.plan, history.pace, history.footprint, history.trained
     tokens = plan.samples(history.steps) * plan.train.seq_len
+    drawn = load(history.meter, history.timeline, pace, foot.peak_power)
     return {
         "wall_clock": history.timeline.until,
         "goodput": per_second(tokens, trained) / pace.tokens_per_s,
@@ -61,12 +65,15 @@ def run(history: History) -> dict[str, float]:
         "flops": tokens * float(flops_per_token(plan.model, plan.train.seq_len)),
         "gpu_hours": foot.gpu_hours,
         "energy": foot.energy,
-        "energy_devices": foot.energy_devices,
         "carbon_location": foot.carbon_location,
         "carbon_market": foot.carbon_market,
         "carbon_embodied": foot.carbon_embodied,
         "water": foot.water,
         "peak_power": foot.peak_power,
+        **drawn._asdict(),
+        **{f"energy_{name}": joules for name, joules in foot.energy_of.items()},
+        **({"delay": history.feed.delay, "carbon_saved": history.feed.saved} if plan.grid.shift != "none" else {}),
+        "energy_steps": sum(foot.energy_in.get(state, 0.0) for state in pace.mix),
     }
 
 

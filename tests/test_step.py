@@ -57,7 +57,7 @@ def test_a_growing_batch_shortens_the_run_and_counts_its_tokens():
 
 
 def test_a_power_cap_slows_arithmetic_alone_and_bounds_the_draw():
-    plan = load(["experiment=llama3_405b"])
+    plan = load(["experiment=llama3_405b", "power.compute=0.95", "power.host_idle=null"])
     capped = [plan.but(power=plan.power.but(cap=watts)) for watts in (300.0, 500.0, 600.0, 669.0, 700.0)]
     clocks = [throttle(one) for one in capped]
     assert clocks == sorted(clocks) and clocks[-1] == 1.0 and throttle(plan) == 1.0

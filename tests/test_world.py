@@ -16,9 +16,9 @@ from conf.record import QUANTITIES, read, state_totals
 from sim.cluster import World
 from sim.expect import banded
 from sim.failures import Fault, faults
+from sim.grid import carbon
 from sim.kernels import Rates, rates
 from sim.life import History, live
-from sim.power import carbon
 from sim.pretrain import Pace, Pretraining, pace, uncertain
 from sim.story import tell
 from sim.summary import spread, summary
@@ -307,7 +307,14 @@ def test_the_command_prints_json_and_leaves_a_record(tmp_path, capsys) -> None:
     folder = tmp_path / said["plan"] / "sim"
     assert said == json.loads((folder / "summary.json").read_text()) and said["program"] == "sim"
     assert all(name.split(".")[1] in QUANTITIES for name in said["quantities"])
-    assert {p.name for p in folder.iterdir()} == {"plan.yaml", "ledger.parquet", "events.parquet", "trace.json", "summary.json"}
+    assert {p.name for p in folder.iterdir()} == {
+        "plan.yaml",
+        "ledger.parquet",
+        "events.parquet",
+        "trace.json",
+        "power.csv",
+        "summary.json",
+    }
 
 
 def test_the_command_speaks_to_a_person(tmp_path, capsys) -> None:
