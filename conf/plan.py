@@ -72,8 +72,8 @@ class Gpu(Node):
     error: float = say("standard deviation of log(predicted / measured) step time on sources left out of the fit", 0.25, must=NOT_NEGATIVE)
     idle_power: Watts = say("power of the idle device", must=NOT_NEGATIVE)
     max_power: Watts = say("power limit of the device")
-    cap_static: float = say("power that does no arithmetic, as a share of the limit: what a lower cap cannot take away", 0.13, must=SHARE)
-    cap_exponent: float = say("power of arithmetic grows with its rate to this exponent", 1.71, must=POSITIVE)
+    cap_static: float = say("power that does no arithmetic, as a share of the limit: what a lower cap cannot take away", 0.32, must=SHARE)
+    cap_exponent: float = say("power of arithmetic grows with its rate to this exponent", 3.2, must=POSITIVE)
     source: str = say("where the numbers come from")
 
     def peak(self, precision: str) -> float | None:

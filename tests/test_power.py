@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis import caps, nodes
 from conf.errors import Refused
 from conf.plan import Limit, Plan
 from conf.program import load
 from conf.units import read
 from sim.feed import feed_of
 from sim.grid import best_pauses, best_start, carbon, full_hour, intensities
-from sim.kernels import rates
+from sim.kernels import capped, rates
 from sim.life import History, live
 from sim.load import ramp, swing
 from sim.power import DRAWS, Meter
@@ -131,7 +132,7 @@ def test_joules_and_dollars_add_up_in_every_run(llama: Plan, seed: int) -> None:
         "price.owned": bool(seed % 2), "price.capex": {"h100-sxm": 3e4},
         "price.hours": [float(x) for x in draw.uniform(0.5, 1.5, 24)], "price.taken": 1e12,
         "price.storage.mid": 1e-14, "price.storage.high": 2e-14, "price.egress.high": 1e-10, "grid.market": 1e-5,
-        "power.limits": {"a": Limit(start=float(draw.uniform(0, 1e5)), length=5e4, most=float(draw.uniform(9e6, 16e6))),
+        "power.limits": {"a": Limit(start=float(draw.uniform(0, 1e5)), length=5e4, most=float(draw.uniform(11e6, 16e6))),
                          "b": Limit(start=2e5, length=float(draw.uniform(1e3, 1e5)), most=9e6, answer="pause")},
     })  # fmt: skip
     life = live(plan, seed)
@@ -273,6 +274,90 @@ def test_stored_and_taken_bytes_are_paid(laptop: Plan) -> None:
     months = told(life)["run.wall_clock"] / (365.25 / 12 * 86400)
     assert life.footprint.bill.storage[0] == pytest.approx(kept / 1e9 * 0.02 * months)
     assert life.footprint.bill.egress[0] == pytest.approx(0.09)
+
+
+# -- published tables
+
+
+def test_servers_of_the_benchmark_draw_what_was_measured(foretold, tmp_path) -> None:
+    status, out, _ = foretold("analysis", "published", "table=node_power", "json=true", f"out={tmp_path / 'o.csv'}")
+    found, rows = json.loads(out), pd.read_csv(tmp_path / "o.csv")
+    assert status == 0 and found["predicted"] == found["rows"] == 8 and found["failed"] == []
+    assert found["mean_abs_pct"] < 6 and rows.error.abs().max() < 0.08
+
+
+def test_rows_of_servers_that_no_plan_can_say_have_their_reason(foretold, tmp_path) -> None:
+    row = {"submitter": "x", "system": "8x8 H100", "workload": "llama2-70B LoRA", "nodes": 8, nodes.MEASURED: 6000}
+    rows = [row, row | {"system": "8x8 Abacus"}, row | {"workload": "chess"}, row | {"system": "H100"}, row | {nodes.MEASURED: None}]
+    pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
+    found = json.loads(foretold("analysis", "published", f"table={tmp_path / 't.csv'}", "json=true")[1])
+    reasons = {entry["id"]: entry["reason"] for entry in found["failed"]}
+    assert found["predicted"] == 1 and reasons.keys() == {"2", "3", "4", "5"}
+    assert "is not in conf/gpu" in reasons["2"] and "no model of conf/model" in reasons["3"] and "does not say how many" in reasons["4"]
+
+
+def test_more_traffic_draws_less_and_the_dc_side_sees_less() -> None:
+    row = {"submitter": "", "system": "8x8 H100", "workload": "llama2-70B LoRA", "nodes": 8}
+    one, many = (nodes.node(row | {"nodes": n, "system": f"{n}x8 H100"})[0] for n in (1, 64))
+    assert many < one - 500
+    assert nodes.node(row | {"system": "8x8 H100 DC"})[0] == pytest.approx(nodes.RECTIFIER * nodes.node(row)[0])
+    assert nodes.node(row | {"system": "8x8 H100 immersion"})[0] < nodes.node(row)[0] - 500
+
+
+def test_claims_multiply_and_one_contradicts_itself(foretold, tmp_path) -> None:
+    status, out, _ = foretold("analysis", "published", "table=energy", "json=true", f"out={tmp_path / 'o.csv'}")
+    found, rows = json.loads(out), pd.read_csv(tmp_path / "o.csv").set_index("id")
+    assert status == 0 and found["rows"] == 44
+    assert found["by_kind"]["given hours"]["mean_abs_pct"] < 1 and found["by_kind"]["from the plan"]["mean_abs_pct"] < 10
+    wrong = [entry for entry in found["failed"] if "contradicts itself" in entry["reason"]]
+    assert [entry["id"] for entry in wrong] == ["30 tco2e"] and "161 times off the 12.9 printed" in wrong[0]["reason"]
+    assert rows.predicted["5 energy_mwh"] == pytest.approx(3.552e6 * 330 * 1.1 / 1e6)  # after PUE
+    assert rows.predicted["33 energy_mwh"] == pytest.approx(3768320 * 283 / 1e6)  # Gopher's, before PUE
+    assert rows.predicted["33 tco2e"] == pytest.approx(3768320 * 283 * 1.08 * 330 / 1e9)
+    assert rows.predicted["38 tco2e"] == pytest.approx(131 * 1.2 * 332 / 1e3)  # from the energy printed, without hours
+
+
+def test_anybody_can_check_a_claim(foretold) -> None:
+    status, out, _ = foretold("analysis", "check", "hours=7e6", "power=700", "tco2e=12.9")
+    assert status == 1 and "contradicts every grid: 2.63 gCO2e/kWh is not between" in out
+    status, out, _ = foretold("analysis", "check", "hours=7e6", "power=700", "pue=1.1", "intensity=385", "energy=5390", "tco2e=2040")
+    assert status == 0 and "consistent" in out and "2,075" in out
+    status, out, _ = foretold("analysis", "check", "hours=7e6", "power=700", "energy=49")
+    assert status == 1 and "contradicts itself: 7,000,000 h × 700 W make energy_mwh=4,900, 100 times off the 49 printed" in out
+    for words, said in (
+        (["hours=7"], "needs hours=… and power=…"),
+        (["hours=many"], "hours=many is no number"),
+        (["power=-1"], "negative"),
+    ):
+        status, _, error = foretold("analysis", "check", *words)
+        assert status == 2 and said in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "power").exists(), reason="the traces of power caps are not here")
+def test_the_law_of_caps_on_measured_curves(foretold, tmp_path) -> None:
+    tables = ",".join(str(SHARED / "data" / "power" / f"summary_power_{gpu}.csv") for gpu in ("v100", "a40", "rtx6000", "p100"))
+    status, out, _ = foretold("analysis", "caps", f"tables={tables}", f"out={tmp_path / 'o.csv'}")
+    found = pd.read_csv(tmp_path / "o.csv").set_index("gpu")
+    assert status == 0 and "all together: static 0.32 of the limit, exponent 3.21" in out
+    assert (found.curve < 5).all() and (found.workload_left_out < 8).all()
+    assert (found.drop("a40").error < 5).all() and found.error["a40"] < 7.5  # asked: 5
+    assert (found.gpu_left_out < 15).all() and (found.drop("a40").gpu_left_out < 6).all()
+    v100 = load(["gpu=v100_sxm", "train.precision=fp32"]).gpu
+    assert (v100.cap_static, v100.cap_exponent) == pytest.approx((found.static["v100"], found.exponent["v100"]), rel=0.02)
+
+
+def test_a_law_is_found_again(tmp_path, foretold) -> None:
+    rows = []
+    for natural in (180.0, 220.0, 250.0):
+        for cap in (100, 150, 200, 250):
+            rate = float(capped(cap, natural, 0.2 * 250, 2.5))
+            rows.append((f"net{natural}", 8, cap, 1 / rate, min(cap, natural)))
+    pd.DataFrame(rows, columns=list(caps.NEEDED)).to_csv(tmp_path / "gpu_x.csv", index=False)
+    law = caps.fitted(caps.points_of(tmp_path / "gpu_x.csv"))
+    assert law == pytest.approx((0.2, 2.5), rel=1e-3)
+    for words, said in (([], "needs tables="), (["tables=nowhere.csv"], "is no CSV table")):
+        status, _, error = foretold("analysis", "caps", *words)
+        assert status == 2 and said in error
 
 
 # -- bad input
