@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from conf.plan import Grid, digest
+from conf.plan import Grid, Plan, digest
 
 
 class Hours(NamedTuple):
@@ -108,3 +108,12 @@ def _whole(known: list[tuple[int, float]], count: int) -> list[float]:
         share = 0.0 if right == left else min(1.0, max(0.0, (hour - left) / (right - left)))
         values.append(low + share * (high - low))
     return values
+
+
+def dated(plan: Plan) -> dict[str, str]:
+    """Of when the prices and of where the hours are, for every report: without, cost and carbon mean nothing."""
+    grid = f"{plan.grid.name}, {plan.grid.year}"
+    if plan.grid.hourly:
+        filled = hours_of(plan.grid).filled
+        grid += f", hourly from {Path(plan.grid.hourly).name}" + (f", {filled:,} missing hours interpolated" if filled else "")
+    return {"prices": f"of {plan.price.as_of}, in USD" + (", devices owned" if plan.price.owned else ""), "grid": grid}

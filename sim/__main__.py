@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.errors import Refused
 from conf.files import write
-from conf.hourly import hours_of
+from conf.hourly import dated
 from conf.plan import Plan
 from conf.program import count, explain, flag, load, run, split
 from conf.record import QUANTITIES, STATES, read_fact, summarise
@@ -169,17 +169,8 @@ def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
         known = [name for name in names if name in quantities]
         lines += ["", title] if known else []
         lines += [f"  {_words(name):22} {_shown(quantities[name]):24}{_published(plan, name)}".rstrip() for name in known]
-    lines += [f"  {name:22} {said}" for name, said in _dated(plan).items()]
+    lines += [f"  {name:22} {said}" for name, said in dated(plan).items()]
     return "\n".join([*lines, "", "where the time goes", *_where(quantities)])
-
-
-def _dated(plan: Plan) -> dict[str, str]:
-    """Of when and where the price is: it means nothing without."""
-    grid = f"{plan.grid.name}, {plan.grid.year}"
-    if plan.grid.hourly:
-        filled = hours_of(plan.grid).filled
-        grid += f", hourly from {Path(plan.grid.hourly).name}" + (f", {filled:,} missing hours interpolated" if filled else "")
-    return {"prices": f"of {plan.price.as_of}, in USD" + (", devices owned" if plan.price.owned else ""), "grid": grid}
 
 
 def _size(parameters: float) -> str:

@@ -5,8 +5,8 @@ share of useful time is exact for that (renewal reward; Daly 2006 with failures 
 
     eta = rate tau / ((1 + rate down) (exp(rate (tau + save)) − 1)),   tau the work between checkpoints
 
-What only a simulated life knows is left out: waiting for spares, failures while coming up, the hour of the day, the data
-stages.
+What only a simulated life knows is left out: waiting for spares, failures while coming up, the hour of the day, limits and
+pauses of the feed, the data stages.
 """
 
 import math

@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 
 from analysis import caps, nodes
+from analysis.figures import figures
+from analysis.pair import open_pair
 from conf.errors import Refused
 from conf.plan import Limit, Plan
 from conf.program import load
@@ -182,6 +184,15 @@ def test_the_file_of_power_holds_the_energy_and_the_hours(llama: Plan, tmp_path)
     assert 0 < q["run.ramp"] <= q["run.peak_power"] and 0 < q["run.swing"] < q["run.peak_power"]
 
 
+def test_the_report_draws_power_limits_and_the_grids_hours(tmp_path, foretold) -> None:
+    limits = "power.limits={evening: {start: 10 h, length: 4 h, most: 14 MW}}"
+    words = ["sim", f"runs={tmp_path / 'runs'}", "experiment=llama3_405b", "train.stop_after=2 d", "grid=us_caiso", limits]
+    assert foretold(*words)[0] == 0
+    shown = {figure.title: figure for figure in figures(open_pair(str(tmp_path / "runs"), ""))}
+    assert "us_caiso, 2022" in shown["How dirty the grid is"].caption and "<svg" in shown["How dirty the grid is"].svg
+    assert "How much power it draws" in shown and "cap: 1 predicted" in shown["What happens when"].caption
+
+
 # -- the grid
 
 
@@ -263,7 +274,7 @@ def test_owned_devices_cost_their_wear_and_their_electricity(laptop: Plan) -> No
     q, power = told(life), life.meter.watts(SECOND.mix)
     assert q["run.cost_devices"] == pytest.approx(100 * plan.ranks * 7000 / 1e8)
     assert q["run.cost_electricity"] == pytest.approx(power * (2 * 3600 + 3400) * plan.price.tariff.mid)
-    assert "run.cost_storage" not in q and q["run.cost"] == pytest.approx(q["run.cost_devices"] + q["run.cost_electricity"])
+    assert q["run.cost"] == pytest.approx(q["run.cost_devices"] + q["run.cost_electricity"] + q["run.cost_storage"])
 
 
 def test_stored_and_taken_bytes_are_paid(laptop: Plan) -> None:
@@ -376,7 +387,7 @@ def test_a_law_is_found_again(tmp_path, foretold) -> None:
         (["price.gpu_hours.cpu-core.mid=3"], "'3' has no unit; expected USD/h"),
         (["price.gpu_hours.cpu-core.mid=3 EUR/h"], "unknown unit 'EUR'"),
         (["price.gpu_hours.cpu-core.low=1 USD/h"], "price.gpu_hours.cpu-core must have low ≤ mid ≤ high"),
-        (["price.owned=true"], "price.owned=true needs price.capex.cpu-core"),
+        (["price.owned=true", "~price.capex.cpu-core"], "price.owned=true needs price.capex.cpu-core"),
         (["price.hours=[1,2]"], "price.hours must hold 24 values"),
         (["grid.shift=pause"], "needs to know until when"),
         (["grid.deadline=2025-01-01"], "is not after start=2026-01-01T00:00"),

@@ -79,7 +79,7 @@ def test_every_life_conserves_time_tokens_energy_and_money(laptop: Plan, seed: i
     assert sum(power[s] * seconds / plan.ranks for s, seconds in states.items()) == pytest.approx(q["run.energy"], rel=1e-9)
     assert q["run.carbon_location"] == pytest.approx(q["run.energy"] * plan.grid.intensity, rel=1e-9)  # a flat grid
     assert q["run.carbon_market"] == pytest.approx(q["run.energy"] * 1e-5, rel=1e-9)
-    assert q["run.cost"] == pytest.approx(q["run.gpu_hours"] * plan.price.gpu_hours[plan.gpu.name].mid)
+    assert q["run.cost_devices"] == pytest.approx(q["run.gpu_hours"] * plan.price.gpu_hours[plan.gpu.name].mid)
     assert q["run.tokens"] == life.steps * plan.tokens_per_step
     assert q["run.goodput"] == pytest.approx(q["run.tokens"] / (1e3 * life.trained))
     assert all(one.stop == other.start for one, other in pairwise(life.timeline.segments))
