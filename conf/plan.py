@@ -318,7 +318,8 @@ class Limit(Node):
     start: Seconds = say("when it begins, after the start of the run", must=NOT_NEGATIVE)
     length: Seconds = say("how long it lasts", must=POSITIVE)
     most: Watts = say("most power at the building's meter meanwhile", must=POSITIVE)
-    answer: str = say("cap (limit every device) or pause (save, stop, start again)", "cap", must=("cap", "pause"))
+    answer: str = say("cap (limit every device), shrink (fewer data-parallel groups, the others idle) or pause (save, stop, start again)",
+                      "cap", must=("cap", "shrink", "pause"))  # fmt: skip
 
 
 @dataclass(kw_only=True)

@@ -59,6 +59,8 @@ QUANTITIES: dict[str, tuple[str, str]] = {
     "energy_network": ("J", "of this, switches between servers, and storage"),
     "energy_overhead": ("J", "of this, cooling and supply of the building (PUE)"),
     "energy_steps": ("J", "energy of new steps; the rest went into checkpoints, faults, replays and waiting"),
+    "energy_paused": ("J", "of the energy, what paused servers drew"),
+    "cost_paused": ("USD", "of the cost, devices held while the job was paused"),
     "mean_power": ("W", "mean power at the building's meter"),
     "peak_to_mean": ("1", "highest over mean power"),
     "ramp": ("W/s", "largest change of power from one second to the next"),

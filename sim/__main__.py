@@ -50,7 +50,7 @@ SHOWN = {
     "a step": ("pretrain.step_time", "pretrain.tokens_per_s", "pretrain.mfu", "pretrain.peak_memory"),
     "the run": ("run.wall_clock", "run.tokens", "pretrain.final_loss", "run.ettr", "run.interruptions"),
     "its price": ("run.gpu_hours", "run.cost", "run.energy", "run.peak_power", "run.ramp", "run.carbon_location", "run.carbon_market",
-                  "run.carbon_embodied", "run.water", "run.delay", "run.carbon_saved"),
+                  "run.carbon_embodied", "run.water", "run.delay", "run.carbon_saved", "run.energy_paused", "run.cost_paused"),
 }  # fmt: skip
 NAMES = {"ettr": "effective time (ETTR)", "mfu": "MFU", "gpu_hours": "device-hours", "wall_clock": "wall clock"}
 BAR = 30  # characters of a bar that stands for all of the time

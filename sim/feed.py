@@ -6,7 +6,7 @@ after the same turns.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -15,8 +15,9 @@ from conf.arithmetic import state_bytes
 from conf.errors import Refused
 from conf.hourly import hour_of
 from conf.plan import Limit, Plan
+from conf.rules import problems
 from conf.units import show
-from sim.grid import HOUR, full_hour, shifted
+from sim.grid import HOUR, Shift, full_hour, shifted
 from sim.kernels import Rates, rates
 from sim.power import Meter, Spell
 from sim.pretrain import Pace, pace
@@ -31,6 +32,13 @@ class Stretch(NamedTuple):
     speed: float
     state: str = ""
     meter: Meter | None = None
+    mix: Mapping[str, float] | None = None  # of a step meanwhile
+    share: float = 1.0  # of the ranks at work; the others idle
+
+    def mixed(self, mix: Mapping[str, float], step: Mapping[str, float]) -> Mapping[str, float]:
+        """What a mix of states becomes."""
+        mix = self.mix if self.mix and mix == step else mix
+        return mix if self.share == 1 else {state: part * self.share for state, part in mix.items()} | {"idle": 1 - self.share}
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Feed:
                     wall.spend(stage, {here.state: 1.0}, now, here.stop, number)
                 else:
                     speed, until = (here.speed, here.stop) if here else (1.0, rest[0].start if rest else float("inf"))
-                    slow = here.meter.step if here and here.meter and mix == step.mix else mix
+                    slow = here.mixed(mix, step.mix) if here else mix
                     whole = left <= (until - now) * speed
                     wall.spend(stage, slow, now, now + left / speed if whole else until, number)
                     left = 0.0 if whole else left - (until - now) * speed
@@ -95,6 +103,8 @@ class Feed:
                 wall.event(here.start, "run", "pause", until=here.stop)
             if here.meter and here.start < wall.until:
                 wall.event(here.start, "run", "cap", until=here.stop, device=here.meter.plan.power.cap)
+            if here.share < 1 and here.start < wall.until:
+                wall.event(here.start, "run", "shrink", until=here.stop, ranks=round(here.share * lived.ranks))
         wall.happenings.sort(key=lambda h: h.at)
         return wall
 
@@ -109,12 +119,15 @@ def feed_of(plan: Plan, step: Pace, meter: Meter, speed: Rates | None = None) ->
     back = _overhead(plan, speed or rates(plan))
     stretches: list[Stretch] = []
     for name, limit in sorted(plan.power.limits.items(), key=lambda item: item[1].start):
-        stretches += _paused(limit.start, limit.start + limit.length, back) if limit.answer == "pause" else _capped(plan, limit, meter)
-        least = meter.table["paused"] if limit.answer == "pause" else meter.least()
+        least = meter.least() if limit.answer == "cap" else meter.table["paused"]
         if limit.most < least:
-            what = "with its devices idle" if limit.answer == "pause" else "with devices capped to where they do no arithmetic"
+            what = "with devices capped to where they do no arithmetic" if limit.answer == "cap" else "with its devices idle"
             raise Refused(f"power.limits.{name}.most={show(limit.most, 'W')} is below {show(least, 'W')}, what the building draws {what}; "
                           f"raise it, set power.limits.{name}.answer=pause, or hold fewer servers")  # fmt: skip
+        if limit.answer == "pause":
+            stretches += _paused(limit.start, limit.start + limit.length, back)
+        elif meter.peak(meter.step) > limit.most:
+            stretches += _capped(plan, limit, meter) if limit.answer == "cap" else _shrunk(plan, name, limit, meter, back)
     feed = Feed(stretches)
     return feed if plan.grid.deadline is None else _waiting(plan, step, feed, back)
 
@@ -133,34 +146,66 @@ def _paused(start: float, stop: float, back: dict[str, float]) -> list[Stretch]:
 
 
 def _capped(plan: Plan, limit: Limit, meter: Meter) -> list[Stretch]:
-    """Devices limited so that the building keeps the limit; nothing where it draws less anyway."""
-    if meter.peak(meter.step) <= limit.most or limit.most <= meter.least():
-        return []
+    """Devices limited so that the building keeps the limit."""
     limited = plan.but(**{"power.cap": meter.cap_for(limit.most)})
     slow = pace(limited)
     own = Meter(limited, slow.mix, slow.arithmetic, slow.stalled)
-    return [Stretch(limit.start, limit.start + limit.length, pace(plan).step_time / slow.step_time, "", own)]
+    return [Stretch(limit.start, limit.start + limit.length, pace(plan).step_time / slow.step_time, "", own, slow.mix)]
+
+
+def _shrunk(plan: Plan, name: str, limit: Limit, meter: Meter, back: dict[str, float]) -> list[Stretch]:
+    """As many data-parallel groups as the limit feeds, at the same batch: save and start again on fewer ranks, and in the end on all.
+
+    Raises Refused where no smaller mesh is legal.
+    """
+    idle = meter.table["idle"]
+    groups = int(plan.dp_shard * (limit.most - idle) / (meter.peak(meter.step) - idle))
+    rest = plan.ranks // plan.dp_shard
+    smaller = (plan.but(**{"mesh.dp_shard": n, "cluster.nodes": n * rest // plan.cluster.gpus_per_node}) for n in range(groups, 0, -1))
+    fewer = next((small for small in smaller if not problems(small)), None)
+    if fewer is None:
+        raise Refused(f"power.limits.{name}.answer=shrink: no legal mesh has at most {groups} of dp_shard={plan.dp_shard} groups, which is "
+                      f"what {show(limit.most, 'W')} feeds; set answer=cap or answer=pause")  # fmt: skip
+    slow, share = pace(fewer), fewer.ranks / plan.ranks
+    stop, come = limit.start + limit.length, back["init"] + back["load"]
+    before, after = (_paused(at, at, back) for at in (limit.start, stop))
+    speed = min(1.0, pace(plan).step_time / slow.step_time)
+    works = Stretch(limit.start + come, max(limit.start + come, stop - back["checkpoint"]), speed, mix=slow.mix, share=share)
+    return [*before, works, *after]
 
 
 def _waiting(plan: Plan, step: Pace, feed: Feed, back: dict[str, float]) -> Feed:
-    """The feed with the start or the pauses that emit least until the deadline; pauses too short to come back between are one."""
+    """The feed with the start or the pauses that emit least until the deadline.
+
+    Every pause costs saving, starting and loading: what they cost together is taken from the time that is left, until it fits.
+    """
     from sim.expect import expected
 
     work = expected(plan, step)["run.wall_clock"]
     work += work - feed.turns(work)
-    added = 0.0
+    cost = sum(back.values())
+    shift, pauses = _shifted(plan, work), list[tuple[int, int]]()
     for _ in range(9):
-        try:
-            shift = shifted(plan.grid, plan.start, work + added)
-        except ValueError as error:
-            raise Refused(str(error)) from error
-        into = 0.0 if shift.delay else full_hour(plan.start)[1]
-        pauses = list(_joined(shift.paused, sum(back.values())))
-        if added >= len(pauses) * sum(back.values()):
+        before, pauses = len(pauses), list(_joined(shift.paused, cost))
+        if len(pauses) <= before:
             break
-        added = len(pauses) * sum(back.values())
-    stops = [s for a, b in pauses for s in _paused(a * HOUR - into, b * HOUR - into, back)]
-    return Feed([*feed.stretches, *stops], shift.delay * HOUR - (full_hour(plan.start)[1] if shift.delay else 0.0), shift.saved)
+        try:
+            shift = _shifted(plan, work + len(pauses) * cost)
+        except Refused:  # no time for so many: none, then
+            shift, pauses = Shift(0, (), 0.0), []
+            break
+    into = full_hour(plan.start)[1]
+    delay = shift.delay * HOUR - into if shift.delay else 0.0
+    first = 0.0 if shift.delay else into
+    stops = [s for begin, end in pauses for s in _paused(begin * HOUR - first, end * HOUR - first, back)]
+    return Feed([*feed.stretches, *stops], delay, shift.saved)
+
+
+def _shifted(plan: Plan, work: float) -> Shift:
+    try:
+        return shifted(plan.grid, plan.start, work)
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def _joined(hours: Sequence[int], back: float) -> Iterator[tuple[int, int]]:

@@ -84,7 +84,7 @@ def conserve(history: History) -> None:
     states, wall = timeline.states(), timeline.until
     ranks, spares = plan.ranks, plan.cluster.spares * plan.cluster.gpus_per_node
     held = (sum(states.values()) + spares * wall) / 3600
-    new = sum(states.get(state, 0.0) for state in history.pace.mix)
+    new = sum(states.get(state, 0.0) for state in (*history.pace.mix, "idle"))  # idle: ranks for which a limit left no power
     useful = history.steps * history.pace.stride * ranks
     _same("time", sum(states.values()), ranks * wall)
     _same("energy", sum(foot.energy_in.values()), foot.energy)

@@ -36,13 +36,16 @@ def load(meter: Meter, timeline: Timeline, pace: Pace, peak: float) -> Load:
 
 
 def ramp(stops: Array, watts: Array) -> float:
-    """Largest change from the mean of one second to the mean of the next, wherever the two meet [W/s]; the first rise is from idle.
+    """Largest change from the mean of one second to the mean of the next, wherever the two meet [W/s].
+
+    It is largest where power changes at that moment, a second before or a second after.
 
     >>> ramp(np.array([0.0, 10.0, 10.5, 20.0]), np.array([4.0, 2.0, 4.0]))
     1.0
     """
     reading = np.concatenate([[0.0], np.cumsum(watts * np.diff(stops))])
-    meets = stops[(stops >= SECOND) & (stops <= stops[-1] - SECOND)]
+    meets = np.concatenate([stops - SECOND, stops, stops + SECOND])
+    meets = meets[(meets >= SECOND) & (meets <= stops[-1] - SECOND)]
     if not len(meets):
         return 0.0
     before, at, after = (np.interp(meets + shift, stops, reading) for shift in (-SECOND, 0.0, SECOND))

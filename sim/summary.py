@@ -54,6 +54,7 @@ def run(history: History) -> dict[str, float]:
     """Of the whole run; goodput and ETTR are of pre-training."""
     plan, pace, foot, trained = history.plan, history.pace, history.footprint, history.trained
     tokens = plan.samples(history.steps) * plan.train.seq_len
+    paused = history.timeline.states().get("paused", 0.0) / (plan.ranks * history.timeline.until)
     drawn = load(history.meter, history.timeline, pace, foot.peak_power)
     return {
         "wall_clock": history.timeline.until,
@@ -72,6 +73,7 @@ def run(history: History) -> dict[str, float]:
         "peak_power": foot.peak_power,
         **drawn._asdict(),
         **{f"energy_{name}": joules for name, joules in foot.energy_of.items()},
+        **({"energy_paused": foot.energy_in["paused"], "cost_paused": foot.bill.devices[0] * paused} if paused else {}),
         **({"delay": history.feed.delay, "carbon_saved": history.feed.saved} if plan.grid.shift != "none" else {}),
         "energy_steps": sum(foot.energy_in.get(state, 0.0) for state in pace.mix),
     }

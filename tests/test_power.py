@@ -106,6 +106,21 @@ def test_a_limit_is_kept_and_costs_what_the_cap_costs(llama: Plan) -> None:
     assert feed_of(loose, life.pace, life.meter).stretches == []
 
 
+def test_fewer_groups_work_where_the_limit_feeds_no_more(llama: Plan) -> None:
+    plan = limited(llama, night=Limit(start=86400.0, length=86400.0, most=12e6, answer="shrink")).but(**{"train.stop_after": 3 * 86400.0})
+    free, life = live(plan.but(**{"power.limits": {}})), live(plan)
+    works = next(s for s in life.feed.stretches if s.share < 1)
+    assert works.share * 128 == 64  # groups, of 128, that divide the batch and take less than 12 MW
+    assert works.speed == pytest.approx(pace(plan).step_time / pace(plan.but(**{"mesh.dp_shard": 64, "cluster.nodes": 1024})).step_time)
+    watts = life.meter.draw(life.timeline)
+    assert max(w for w, s in zip(watts, life.timeline.segments, strict=True) if works.start <= s.start < works.stop) < 12e6
+    idle = life.timeline.states()["idle"] / plan.ranks
+    assert idle == pytest.approx((1 - works.share) * (works.stop - works.start), rel=1e-6)
+    assert free.steps > life.steps > 0.75 * free.steps
+    with pytest.raises(Refused, match=r"power\.limits\.night\.answer=shrink: no legal mesh has at most"):
+        live(plan.but(**{"train.global_batch": 2048, "power.limits": {"night": Limit(start=0.0, length=9.0, most=5.7e6, answer="shrink")}}))
+
+
 def test_a_pause_saves_first_and_comes_back_after(laptop: Plan) -> None:
     """500 steps of a second: a pause of 100 s from 200 s on, with 2 s to save, 3 s to start and 4 s to load."""
     plan = limited(laptop.but(**{"train.steps": 500}), storm=Limit(start=200.0, length=100.0, most=1e3, answer="pause"))
@@ -258,6 +273,8 @@ def test_a_run_starts_later_or_pauses_for_a_cleaner_grid() -> None:
             assert 1 - intensity["start"] / intensity["none"] == pytest.approx(q["run.carbon_saved"], abs=0.005)
             assert 0 < q["run.delay"] <= 5 * 86400
     assert life.timeline.states()["paused"] > 0 and life.steps * life.pace.stride == pytest.approx(20 * 86400, rel=0.15)
+    share = life.timeline.states()["paused"] / (life.plan.ranks * life.timeline.until)
+    assert q["run.cost_paused"] == pytest.approx(share * q["run.cost_devices"]) and q["run.energy_paused"] > 0
     assert intensity["pause"] < intensity["start"] < intensity["none"]
 
 
