@@ -22,9 +22,10 @@ ENERGY = ("model", "gpu_hours", "avg_power_w", "pue", "carbon_intensity_g_per_kw
 DOUBT = 3.0  # times that a claim may be off its own arithmetic before it contradicts itself
 BEFORE_PUE = re.compile("gopher|starcoder|olmo", re.IGNORECASE)  # their energy was printed without the building's overhead
 META = 385 * 1.1  # gCO2e/kWh, PUE included: mean of the USA and PUE of the LLaMA paper, table 15; later cards print neither
-# Runs whose model, cluster and tokens were published. LLaMA's paper counts OPT's 34 days of training alone, not its failures.
+# Runs whose model, cluster and tokens were published. BLOOM's hours are of all its 366 billion tokens, those of the growing batch included;
+# LLaMA's paper counts OPT's 34 days of training alone, not its failures.
 RUNS = (
-    (r"GPT-3-175B", ("experiment=gpt3_175b",)), (r"BLOOM-17[56]B( dynamic| \(re)", ("experiment=bloom_176b",)),
+    (r"GPT-3-175B", ("experiment=gpt3_175b",)), (r"BLOOM-17[56]B( dynamic| \(re)", ("experiment=bloom_176b", "train.steps=87262")),
     (r"OPT-175B", ("experiment=opt_175b", "failures=none", "cluster.spares=0")), (r"LLaMA-65B", ("experiment=llama_65b",)),
     (r"Llama-3.1-405B", ("experiment=llama3_405b_full",)),
 )  # fmt: skip

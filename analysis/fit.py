@@ -50,7 +50,7 @@ PRIORS = {
     "narrow_efficiency": Prior(0.70, 0.12),  # largest measured fp8 product of an H100: 0.71 of the peak
     "gemm_depth": Prior(130.0, 0.5),
     "gemm_half": Prior(7.0, 0.5),
-    "grouped_efficiency": Prior(0.85, 0.2),
+    "grouped_efficiency": Prior((0.85, 0.85, 0.8, 0.65, 0.65), 0.15),  # of B200's table, and of what needs fewer tokens to fill
     "early_gemm": Prior((1.0, 1.0, 0.9, 0.9, 0.9), 0.1),
     "attention_efficiency": Prior(0.75, 0.2),
     "attention_backward": Prior(0.65, 0.2),
@@ -86,17 +86,22 @@ class Rows(NamedTuple):
 
     def predicted(self, values: Mapping[str, float]) -> Array:
         """Seconds of every row with these parameters."""
+        return self.told(values)[0]
+
+    def told(self, values: Mapping[str, float]) -> tuple[Array, Array]:
+        """Seconds of every row with these parameters, and the standard deviation of their logarithm."""
         keys = [(plan.gpu.name, plan.train.precision, plan.train.compile, plan.power.cap, plan.gpu.early) for plan in self.plans]
         distinct = dict(zip(keys, self.plans, strict=True))
         order = {key: place for place, key in enumerate(distinct)}
         device = Device([rates(plan.but(gpu=plan.gpu.but(**values))) for plan in distinct.values()])
         device = device.take(np.array([order[key] for key in keys]))
         if self.network is None:
-            return _kernel_seconds(device, self.numbers)
+            return _kernel_seconds(device, self.numbers), device["error"]
         network = copy(self.network)
         network.nic = network.nic / network.device["nic"] * device["nic"]
         network.device = device
-        return predict(self.numbers, device, network).step_time
+        steps = predict(self.numbers, device, network)
+        return steps.step_time, steps.error
 
 
 def fit(options: Mapping[str, str]) -> int:
@@ -183,8 +188,8 @@ def _left_out(family: str, sets: list[Rows], start: Mapping[str, float]) -> pd.D
         for rows in (out for rows in sets if (out := rows.of(rows.groups == group)).plans):
             experts = [rows.network is not None and plan.model.moe.experts for plan in rows.plans]
             kinds = [f"{rows.table}{', mixtures' if some else ''}" for some in experts]
-            wide = [BAND * plan.gpu.error for plan in rows.plans]
-            error = rows.predicted(values) / rows.measured - 1
+            seconds, deviation = rows.told(values)
+            wide, error = BAND * deviation, seconds / rows.measured - 1
             told.append(pd.DataFrame({"family": family, "source": group, "kind": kinds, "error": error, "wide": wide}))
     return pd.concat(told)
 

@@ -90,7 +90,7 @@ def plan_of(row: Mapping[str, Any]) -> tuple[Plan, bool]:
         model=plan.model.but(context=max(plan.model.context or 0, length) if plan.model.context else None),
         mesh=plan.mesh.but(dp_replicate=1, dp_shard=dp, tp=tp, pp=pp, cp=cp, zero=1, vpp=stages // 2 if pp > 1 and stages % 2 == 0 else 1),
         train=plan.train.but(precision=precision, seq_len=length, global_batch=-(-batch // dp) * dp, micro_batch=1,
-                             evaluate_sequences=HELD_OUT if adapters else 0),
+                             fused_gradients=True, evaluate_sequences=HELD_OUT if adapters else 0),
     ), adapters  # fmt: skip
 
 

@@ -42,6 +42,13 @@ STEPS = (
 )  # fmt: skip
 KERNELS = ("gpu", "op", "peak_tflops", "m", "n", "k", "seq", "heads", "qk_head_dim", "v_head_dim", "efficiency")
 COLLECTIVES = ("op", "gpu", "ranks", "nodes", "bytes", "time_us")
+BRIDGE, FUSED = (25, 9), (26, 6)  # releases since when Megatron-Bridge is measured, and experts run in fused kernels on BLACKWELL
+BLACKWELL = ("b200", "b300", "gb200", "gb300")
+FREE = 1.25  # imbalance of a router that is not forced: steps are 8 to 20% longer in published pairs
+PRECISIONS = (
+    ("fp4", "fp4"), ("fp8", "fp8"), ("int8", "fp8"), ("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16"), ("float16", "fp16"),
+    ("tf32", "fp32"), ("fp32", "fp32"),
+)  # fmt: skip
 DEEP = 61  # layers of the whole models that start with dense ones (DeepSeek-V2 has 60)
 _CAP = re.compile(r"(?:cap|limit)\w*[^;,.]{0,16}?(\d{3,4}) ?W\b|(\d{3,4}) ?W\b[^;,.]{0,16}?(?:cap|limit)", re.IGNORECASE)
 _FABRIC = re.compile(r"(?:(\d+) ?x ?)?(\d+) ?Gb(?:/s|ps)? (?:RoCE|InfiniBand|inter-node)", re.IGNORECASE)
@@ -53,6 +60,14 @@ class Replayed(NamedTuple):
 
     rows: pd.DataFrame
     failed: dict[Any, str]
+
+
+class Software(NamedTuple):
+    """What a release of Megatron does with a mixture of experts."""
+
+    etp: bool = True  # whether tensor-parallel ranks share experts, the default of Megatron-Core
+    tokens: bool = False  # whether a token is sent once to a rank (DeepEP, HybridEP)
+    fused: bool = False  # whether the experts' other kernels ride on their products, Transformer Engine's on Blackwell
 
 
 class Unplayable(ValueError):
@@ -73,7 +88,7 @@ def steps_of(frame: pd.DataFrame) -> Replayed:
     ideal = p.tokens_per_step * flops_per_token(p, p.seq_len) * again * np.where(p.frozen, 2 / 3, 1.0) / (p.peak * p.ranks)
     classes = [f"{plan.gpu.name} {plan.train.precision}" for plan in settled]
     kinds = ["moe" if plan.model.moe.experts else "dense" for plan in settled]
-    rows = tabled(index, told.step_time, [plan.gpu.error for plan in settled], ideal, classes, kinds)
+    rows = tabled(index, told.step_time, told.error, ideal, classes, kinds)
     return Replayed(rows.assign(memory=told.memory), failed)
 
 
@@ -93,7 +108,7 @@ def _played(frame: pd.DataFrame) -> tuple[list[Plan], Any, list[Any], dict[Any, 
     plans, failed = each(frame, plan_of)
     unsaid = [not _word(frame.loc[index], "recompute") for index in plans]
     frozen = [str(frame["method"][index]).lower() == "lora" if "method" in frame else False for index in plans]
-    return _least(list(plans.values()), np.array(unsaid)), np.array(frozen), list(plans), failed
+    return _least(list(plans.values()), np.array(unsaid), np.array(frozen)), np.array(frozen), list(plans), failed
 
 
 def kernel_plan(row: Mapping[str, Any]) -> Plan:
@@ -101,8 +116,10 @@ def kernel_plan(row: Mapping[str, Any]) -> Plan:
     return _base(*part_of(row)).but(**{"train.precision": "bf16", "train.compile": True})
 
 
-def _least(plans: list[Plan], unsaid: Any) -> list[Plan]:
-    """The plans with the least recomputation that fits, where it was not said; gradients may then be kept in half precision."""
+def _least(plans: list[Plan], unsaid: Any, frozen: Any) -> list[Plan]:
+    """The plans with the least recomputation that fits, where it was not said: none, selective, or full in as many blocks as it takes;
+    gradients may then be kept in half precision. What does not fit with any was made to fit by something else, so that recomputation
+    would not have been needed either."""
     if not plans:
         return plans
     choices = [[plan.but(**{"train.recompute": how}) for plan in plans] for how in ("none", "selective", "full")]
@@ -110,9 +127,13 @@ def _least(plans: list[Plan], unsaid: Any) -> list[Plan]:
     needed = []
     for choice in choices:
         p = columns(choice)
+        p.frozen = frozen
         needed.append(memory(p).total - np.where(p.zero == 1, 2 * held(p), 0.0))
-    least = np.where(needed[0] < room, 0, np.where(needed[1] < room, 1, 2))
-    return [choices[k][i] if unsaid[i] else plan for i, (plan, k) in enumerate(zip(plans, least, strict=True))]
+    least = np.where((needed[0] < room) | (needed[2] >= room), 0, np.where(needed[1] < room, 1, 2))
+    share = np.clip((needed[0] - room) / np.maximum(needed[0] - needed[2], 1.0), 0.0, 1.0)
+    found = [choices[k][i] if unsaid[i] else plan for i, (plan, k) in enumerate(zip(plans, least, strict=True))]
+    some = unsaid & (least == 2)
+    return [plan.but(**{"train.recompute_share": float(share[i])}) if some[i] else plan for i, plan in enumerate(found)]
 
 
 def kernels_of(frame: pd.DataFrame) -> Replayed:
@@ -193,6 +214,12 @@ def tabled(index: Any, predicted: Any, spread: Any, ideal: Any, classes: Any, ki
     return pd.DataFrame({"predicted": predicted, "spread": spread, "ideal": ideal, "class": classes, "kind": kinds}, index=index)
 
 
+def narrowest(precision: str) -> str:
+    """The precision of the matrix products in a source's words: NVFP4, MXFP8, FP8-CS, bf16-mixed, int8 (at fp8's rate), TF32."""
+    said = precision.lower()
+    return next((name for word, name in PRECISIONS if word in said), said)
+
+
 def zero_stage(text: str) -> int:
     """What is sharded over the data-parallel ranks, 0 to 3: nothing, optimizer states, gradients too, parameters too."""
     said = text.lower()
@@ -210,6 +237,13 @@ def fabric(notes: str, gpus_per_node: int) -> float | None:
     return int(found[1] or 1) * int(found[2]) * 1e9 / gpus_per_node if found else None
 
 
+def software(release: str) -> Software:
+    """What the release of a row does; releases are named by year and month."""
+    found = re.match(r"v?(\d\d)\.(\d\d)", release)
+    made = (int(found[1]), int(found[2])) if found else (0, 0)
+    return Software(etp=made < BRIDGE, tokens=made >= BRIDGE, fused=made >= FUSED)
+
+
 def power_cap(text: str) -> float | None:
     """Watts to which each device was limited, where a row tells."""
     found = _CAP.search(text)
@@ -222,41 +256,58 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
     Raises Unplayable with what is wrong in it.
     """
     part = part_of(row)
-    sizes = {name: _count(row, name) for name in ("num_gpus", "tp", "cp", "pp", "vpp", "dp", "micro_batch", "global_batch_seqs", "seq_len")}
+    sizes = {name: _count(row, name) for name in ("num_gpus", "global_batch_seqs", "seq_len")}
+    sizes |= {name: _count(row, name, 1) for name in ("tp", "cp", "pp", "vpp", "micro_batch")}  # blank: not told, the least
+    if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
+        raise Unplayable(f"{', '.join(wrong)} must be above 0")
+    sizes["dp"] = _count(row, "dp", max(1, sizes["num_gpus"] // (sizes["tp"] * sizes["cp"] * sizes["pp"])))
     product = sizes["tp"] * sizes["cp"] * sizes["pp"] * sizes["dp"]
     if product != sizes["num_gpus"]:
         raise Unplayable(f"tp × cp × pp × dp = {product}, but num_gpus={sizes['num_gpus']}")
     if sizes["global_batch_seqs"] < sizes["dp"]:
         raise Unplayable(f"global_batch_seqs={sizes['global_batch_seqs']} is less than dp={sizes['dp']}")
-    base = _base(*part)
-    precision = {"nvfp4": "fp4", "mxfp8": "fp8"}.get(str(row["precision"]).lower(), str(row["precision"]).lower())
+    base, experts, ep = _base(*part), _count(row, "experts", 0), _count(row, "ep", 1)
+    precision = narrowest(_word(row, "precision"))
     if base.gpu.peak(precision) is None:
         raise Unplayable(f"precision={row['precision']}: {base.gpu.name} has no such rate in conf/gpu")
-    per_node = min(_count(row, "gpus_per_node"), sizes["num_gpus"])
+    server = _count(row, "gpus_per_node", base.cluster.gpus_per_node)
+    per_node = min(server, sizes["num_gpus"])
     cluster = base.cluster.but(nodes=-(-sizes["num_gpus"] // per_node), gpus_per_node=per_node)
-    if nic := fabric(str(row.get("notes", "")), _count(row, "gpus_per_node")):
+    if nic := fabric(str(row.get("notes", "")), server):
         cluster = cluster.but(nic_bandwidth=nic)
     cap = power_cap(f"{row['gpu']} {row.get('notes', '')}")
     power = base.power.but(cap=cap if cap and cap < base.gpu.max_power else None)
-    said = str(row.get("zero_stage_or_fsdp", ""))
+    said, told = str(row.get("zero_stage_or_fsdp", "")), " ".join(_word(row, name) for name in ("group", "source", "notes"))
     stage, batch = zero_stage(said), sizes["global_batch_seqs"]
-    fused = stage < 2 or _count(row, "compile", 0) > 0 or re.search("jax|pax", said, re.IGNORECASE) is not None
     early = re.match("FULL_SHARD|SHARD_GRAD_OP|HYBRID_SHARD", said) is not None  # the names of torch's first FSDP, of 2022 and 2023
+    # fp16 tables, and the fork of Megatron of 2021, are older than FlashAttention
+    old = precision == "fp16" or re.search("megatron-deepspeed|bigscience", told, re.IGNORECASE) is not None
+    ours = base.gpu.name == "h800" or re.search("dualpipe|deepep|hybridep", told, re.IGNORECASE) is not None  # DeepSeek's ways
+    replicated = re.search(r"zero1=(-?\d+)", said)  # InternEvo's word for the ranks among which optimizer states are sharded
+    shards = int(replicated[1]) if replicated and 0 < int(replicated[1]) < sizes["dp"] else sizes["dp"]
+    fused = (stage < 2 and replicated is None) or _count(row, "compile", 0) > 0 or re.search("jax|pax", said, re.IGNORECASE) is not None
+    made = Software(etp=False, tokens=True) if ours else software(_word(row, "release"))
+    etp = sizes["tp"] if made.etp and experts and stage < 3 and sizes["dp"] * sizes["cp"] % ep == 0 else 1
     return base.but(
         gpu=base.gpu.but(early=early),
         model=model_of(row),
         cluster=cluster,
         power=power,
-        mesh=base.mesh.but(dp_replicate=1, dp_shard=sizes["dp"], cp=sizes["cp"], tp=sizes["tp"], pp=sizes["pp"], vpp=sizes["vpp"],
-                           ep=_count(row, "ep", 1), zero=stage),
+        mesh=base.mesh.but(dp_replicate=sizes["dp"] // shards, dp_shard=shards, cp=sizes["cp"], tp=sizes["tp"], pp=sizes["pp"],
+                           vpp=sizes["vpp"], ep=ep, etp=etp, zero=stage, dispatch="tokens" if made.tokens else "copies",
+                           overlap_experts=made.tokens and (ours or sizes["vpp"] > 1) and ep > cluster.domain_ranks),
         train=base.train.but(precision=precision, seq_len=sizes["seq_len"], global_batch=batch, compile=fused,
                              micro_batch=min(sizes["micro_batch"], batch // sizes["dp"]), recompute=_recompute(row),
-                             fused_attention=precision != "fp16"),  # fp16 tables are older than FlashAttention
+                             fused_gradients=stage < 2 and replicated is None,
+                             fused_experts=made.fused and part[0] in BLACKWELL,
+                             fused_attention=not old),
     )  # fmt: skip
 
 
 def _recompute(row: Mapping[str, Any]) -> str:
     said = _word(row, "recompute") or "none"
+    if said == "selective" and zero_stage(_word(row, "zero_stage_or_fsdp")) < 3 and not _count(row, "experts", 0):
+        return "attention"  # Megatron's word for the core of attention (Korthikanti et al. 2022, section 5)
     if said not in ("none", "selective", "full"):
         raise Unplayable(f"recompute={said} is not none, selective or full")
     return said
@@ -267,20 +318,33 @@ def model_of(row: Mapping[str, Any]) -> Model:
     family = next((keys for pattern, keys in FAMILIES if re.search(pattern, name, re.IGNORECASE)), {})
     latent = family.get("mla")
     classic = not _count(row, "gated_mlp", 1)
-    layers, experts = _count(row, "layers"), _count(row, "experts", 0)
+    layers, heads, experts = _count(row, "layers"), _count(row, "heads"), _count(row, "experts", 0)
     dense = next((n for maker, n in family.get("dense_layers", {}).items() if maker in name.lower()), 0)
     dense = -(-dense * layers // DEEP)  # a model cut to fewer layers keeps the proportion
     moe = Moe()
     if experts:
         moe = Moe(experts=experts, top_k=_count(row, "top_k"), ffn=_count(row, "moe_ffn"), shared=family.get("shared", 0),
+                  imbalance=_imbalance(row),
                   dense_layers=min(dense, layers - 1), groups=family.get("groups", 1))  # fmt: skip
     return Model(
-        name=name, layers=layers, hidden=_count(row, "hidden"), heads=_count(row, "heads"), kv_heads=_count(row, "kv_heads"),
+        name=name, layers=layers, hidden=_count(row, "hidden"), heads=heads, kv_heads=_count(row, "kv_heads", heads),
         head=family.get("head"), ffn=_count(row, "ffn_hidden"), gated=not classic, vocab=_count(row, "vocab"), tied=classic,
         positions="learned" if classic else "rope", context=_count(row, "seq_len") if classic else None, layer_norm=classic,
         qk_norm="qwen3" in name.lower(), rope_theta=1e4, norm_epsilon=1e-5, moe=moe,
-        mla=Mla(kv_rank=latent[0], q_rank=latent[1], rope=latent[2]) if latent else Mla(), source="a row of a table",
+        mla=Mla(kv_rank=latent[0], q_rank=latent[1], rope=latent[2]) if latent else Mla(), mtp=_further(row, name),
+        source="a row of a table",
     )  # fmt: skip
+
+
+def _imbalance(row: Mapping[str, Any]) -> float:
+    """1 where the router is forced to balance, as in benchmarks, unless the row says that tokens choose for themselves."""
+    told = _word(row, "notes")
+    return FREE if re.search("real routing|not (force-)?balanced|unbalanced", told, re.IGNORECASE) else 1.0
+
+
+def _further(row: Mapping[str, Any], name: str) -> int:
+    """Blocks for further tokens: Megatron-Bridge measures DeepSeek-V3 with its one."""
+    return int(re.search("deepseek-?v3", name, re.IGNORECASE) is not None and software(_word(row, "release")).tokens)
 
 
 def part_of(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -293,7 +357,7 @@ def part_of(row: Mapping[str, Any]) -> tuple[str, str]:
 
 @cache
 def _base(gpu: str, cluster: str) -> Plan:
-    return load([f"gpu={gpu}", f"cluster={cluster}", "train.global_batch=5040", "train.micro_batch=1"])
+    return load([f"gpu={gpu}", f"cluster={cluster}", "cluster.nodes=1", "train.global_batch=5040", "train.micro_batch=1"])
 
 
 def _word(row: Mapping[str, Any], name: str) -> str:
@@ -312,6 +376,6 @@ def _count(row: Mapping[str, Any], name: str, default: int | None = None) -> int
         number = int(float(value))
     except (TypeError, ValueError):
         raise Unplayable(f"{name}={value} is no number") from None
-    if default is None and number < 1:
+    if number < (1 if default is None else 0):
         raise Unplayable(f"{name}={value} must be above 0")
     return number

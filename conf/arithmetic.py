@@ -89,6 +89,12 @@ def embedding_parameters(model: Any) -> Any:
     return model.vocab * model.hidden
 
 
+def extra_parameters(model: Any) -> Any:
+    """Blocks that predict one more token each: their norms, the projection of [h, 2 h] and a block (DeepSeek-V3, equations 21 to 23);
+    embedding and head are the model's own."""
+    return model.mtp * (block_parameters(model) + 2 * model.hidden**2 + 3 * model.hidden)
+
+
 def parameters(model: Any) -> Any:
     """All parameters: blocks, last norm, embedding, learned positions, and the head unless it is tied.
 
@@ -96,20 +102,22 @@ def parameters(model: Any) -> Any:
     >>> parameters(load(["model=llama3_8b"]).model) / 1e9
     8.030261248
     """
-    tables = (2 - 1 * model.tied) * embedding_parameters(model) + model.position_rows * model.hidden
+    tables = (2 - 1 * model.tied) * embedding_parameters(model) + model.position_rows * model.hidden + extra_parameters(model)
     return layers_parameters(model) + routed_parameters(model) + (1 + 1 * model.layer_norm) * model.hidden + tables
 
 
 def active_parameters(model: Any) -> Any:
     """Parameters that a token visits."""
-    idle = expert_layers(model) * (model.moe.experts - model.moe.top_k) * expert_parameters(model)
+    idle = (expert_layers(model) + model.mtp * (model.moe.experts > 0)) * (model.moe.experts - model.moe.top_k) * expert_parameters(model)
     return parameters(model) - idle
 
 
 def matmul_parameters(model: Any) -> Any:
     """Parameters that take part in a matrix product for every token: blocks without norms, visited experts, and the head."""
     visited = expert_layers(model) * model.moe.top_k * expert_parameters(model)
-    return model.layers * attention_parameters(model) + common_mlp_parameters(model) + visited + embedding_parameters(model)
+    blocks = model.layers * attention_parameters(model) + common_mlp_parameters(model) + visited
+    extra = model.mtp * (blocks / model.layers + 2 * model.hidden**2 + embedding_parameters(model))
+    return blocks + extra + embedding_parameters(model)
 
 
 def flops_per_token(model: Any, seq_len: Any) -> Any:
@@ -119,12 +127,21 @@ def flops_per_token(model: Any, seq_len: Any) -> Any:
     2022, appendix B), in which attention counts the full s × s matrix although a causal kernel computes half of it. MFU
     everywhere in foretold is in this convention.
     """
-    return 6 * matmul_parameters(model) + 6 * model.layers * seq_len * (query_width(model) + value_width(model))
+    return 6 * matmul_parameters(model) + 6 * (model.layers + model.mtp) * seq_len * (query_width(model) + value_width(model))
 
 
 def state_bytes(model: Any) -> Any:
     """Bytes of a checkpoint: fp32 weights and AdamW's two fp32 moments, 12 a parameter."""
     return 3 * FP32 * parameters(model)
+
+
+def recomputes(share: float, index: int) -> bool:
+    """Whether a block is one of those that recompute: an even spread, so that pipeline stages have the same share.
+
+    >>> [recomputes(0.5, index) for index in range(4)]
+    [False, True, False, True]
+    """
+    return int((index + 1) * share + 1e-9) > int(index * share + 1e-9)
 
 
 def stage_blocks(layers: int, stages: int, stage: int) -> range:

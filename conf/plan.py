@@ -70,6 +70,8 @@ class Gpu(Node):
     link_latency: Seconds = say("latency of one hop inside the domain", must=NOT_NEGATIVE)
     snapshot: ByteRate = say("rate at which the state is copied aside for an asynchronous checkpoint", must=POSITIVE)
     error: float = say("standard deviation of log(predicted / measured) step time on sources left out of the fit", 0.25, must=NOT_NEGATIVE)
+    mixture_error: float = say("the same of mixtures of experts", 0.25, must=NOT_NEGATIVE)
+    host_error: float = say("what is added to either, in squares, where blocks wait for the host", 0.2, must=NOT_NEGATIVE)
     idle_power: Watts = say("power of the idle device", must=NOT_NEGATIVE)
     max_power: Watts = say("power limit of the device")
     cap_static: float = say("power that does no arithmetic, as a share of the limit: what a lower cap cannot take away", 0.32, must=SHARE)
@@ -125,6 +127,7 @@ class Moe(Node):
     score: str = say("how the router scores: softmax over all experts, or a sigmoid for each", "softmax", must=("softmax", "sigmoid"))
     normalise: bool = say("whether the weights of a token's experts are scaled to sum to 1", True)
     scale: float = say("factor on the weights of a token's experts", 1.0, must=POSITIVE)
+    imbalance: float = say("tokens on the fullest rank of experts over the mean of all ranks, at least 1", 1.0, must=POSITIVE)
     balance: str = say("load balancing: none, loss (a share of the loss, by sequence) or bias (a bias when choosing)", "none",
                        must=("none", "loss", "bias"))  # fmt: skip
     balance_rate: float = say("weight of the balancing loss, or step of the balancing bias", 0.001, must=NOT_NEGATIVE)
@@ -173,6 +176,9 @@ class Model(Node):
     norm_epsilon: float = say("epsilon of the norms", must=POSITIVE)
     moe: Moe = say("mixture of experts", Moe)
     mla: Mla = say("multi-head latent attention", Mla)
+    mtp: int = say(
+        "blocks that predict one more token each (DeepSeek-V3, arXiv 2412.19437, section 2.2), beside layers", 0, must=NOT_NEGATIVE
+    )
     source: str = say("where the shape comes from")
 
     @property
@@ -230,6 +236,12 @@ class Mesh(Node):
     tp: int = say("tensor parallel: ranks that share each matrix, with sequence parallelism", must=POSITIVE)
     pp: int = say("pipeline parallel: stages", must=POSITIVE)
     ep: int = say("expert parallel: neighbouring ranks of tp, cp and dp_shard among which the experts are spread", 1, must=POSITIVE)
+    etp: int = say("expert tensor parallel: ranks of tp that share the matrices of each expert", 1, must=POSITIVE)
+    dispatch: str = say("what travels to the experts: copies (one for each) or tokens (once to a server and a rank, as DeepEP)", "copies",
+                        must=("copies", "tokens"))  # fmt: skip
+    overlap_experts: bool = say(
+        "whether tokens travel to their experts beside the compute of another micro-batch, as under DualPipe", False
+    )
     vpp: int = say("virtual stages on each pipeline rank; above 1 for the interleaved schedules, 2 for the V-shaped ones", must=POSITIVE)
     schedule: str = say("pipeline schedule: auto = 1f1b, or interleaved if vpp > 1", "auto", must=("auto", *SCHEDULES))
     zero: int = say("what dp_shard shards: 0 nothing, 1 optimizer states (ZeRO-1), 2 gradients too, 3 parameters too (FSDP)", 3,
@@ -258,9 +270,13 @@ class Train(Node):
     steps: Optional[int] = say("optimizer steps; null = until stop_after")
     stop_after: Optional[Seconds] = say("wall clock after which training stops; null = never")
     fused_attention: bool = say("whether attention keeps its scores on the chip (FlashAttention), as all do since 2022", True)
-    recompute: str = say("activations recomputed in the backward pass: none, selective (all but matrix products and attention) or full",
-                         must=("none", "selective", "full"))  # fmt: skip
+    recompute: str = say("activations recomputed in the backward pass: none, attention (with scores), selective (all but matrix products "
+                         "and attention) or full", must=("none", "attention", "selective", "full"))  # fmt: skip
+    recompute_share: float = say("share of the blocks that recompute, spread evenly", 1.0, must=SHARE)
     compile: bool = say("whether kernels are fused: torch.compile of each block, or a framework that fuses its own", False)
+    fused_gradients: bool = say("whether weight gradients add up in the products that make them, as in Megatron", False)
+    fused_experts: bool = say("whether activation, quantisation and permutation ride on the experts' grouped products, launched as one",
+                              False)  # fmt: skip
     z_loss: float = say("weight of the squared log-partition in the loss (PaLM, section 5), which keeps logits small", 0.0,
                         must=NOT_NEGATIVE)  # fmt: skip
     optimizer: str = say("adamw, adamw8bit (moments in 8 bits; needs the extra adam8bit) or muon (on the matrices of the blocks)", "adamw",

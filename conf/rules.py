@@ -109,8 +109,14 @@ def _experts(plan: Plan) -> Iterator[str]:
         return
     if not 0 < moe.top_k <= moe.experts or moe.ffn < 1:
         yield f"model.moe.experts={moe.experts} needs model.moe.top_k={moe.top_k} between 1 and it, and model.moe.ffn={moe.ffn} above 0"
-    group = plan.dp_shard * plan.mesh.cp * plan.mesh.tp
-    for name, whole in (("model.moe.experts", moe.experts), ("mesh dp_shard × cp × tp", group)):
+    if moe.imbalance < 1:
+        yield f"model.moe.imbalance={moe.imbalance} is below 1, but the fullest rank has the mean at least; set model.moe.imbalance=1"
+    etp = plan.mesh.etp
+    if etp > 0 and plan.mesh.tp % etp:
+        yield f"mesh.etp={etp} must divide mesh.tp={plan.mesh.tp}; {_near_divisors(etp, plan.mesh.tp, 'mesh.etp')}"
+        return
+    group = plan.dp_shard * plan.mesh.cp * plan.mesh.tp // max(1, etp)
+    for name, whole in (("model.moe.experts", moe.experts), ("mesh dp_shard × cp × tp" + " / etp" * (etp > 1), group)):
         if ep > 0 and whole % ep:
             yield f"mesh.ep={ep} must divide {name}={whole}; {_near_divisors(ep, whole, 'mesh.ep')}"
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from conf.arithmetic import recomputes
 from conf.plan import Model, RopeScaling
 from real.attention import Attend
 from real.collectives import gather, scatter
@@ -151,17 +152,19 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Tokens [B, T] to logits [B, T, V]; a pipeline stage begins or ends with [B, T, D] instead.
 
-    `layers` are the indices of its blocks, `first` and `last` whether it holds the embedding and the head.
+    `layers` are the indices of its blocks, `first` and `last` whether it holds the embedding and the head, `share` that of the blocks
+    which recompute.
     """
 
     def __init__(self, model: Model, recompute: str = "none", layers: Collection[int] | None = None, first: bool = True,
-                 last: bool = True) -> None:  # fmt: skip
+                 last: bool = True, share: float = 1.0) -> None:  # fmt: skip
         super().__init__()
         self.shape, self.tp = model, None
         self.spread: Callable[[int], Tensor] = torch.arange  # positions of this rank's tokens
         self.embed_tokens = Embedding(model.vocab, model.hidden) if first else None
         self.embed_positions = nn.Embedding(model.position_rows, model.hidden) if first and model.position_rows else None
-        self.layers = nn.ModuleDict({str(i): Block(model, i, recompute) for i in (range(model.layers) if layers is None else layers)})
+        here = range(model.layers) if layers is None else layers
+        self.layers = nn.ModuleDict({str(i): Block(model, i, recompute if recomputes(share, i) else "none") for i in here})
         self.norm = norm(model) if last else None
         self.lm_head = Head(model.hidden, model.vocab, bias=False) if last else None
         self._angles: dict[Any, Angles] = {}

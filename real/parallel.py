@@ -62,6 +62,13 @@ def _unbuilt_model(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "a mixture of experts with model.layer_norm or without model.gated", "set model.layer_norm=false model.gated=true"
     if model.mla.kv_rank and (model.qk_norm or model.layer_norm):
         yield "model.mla with model.qk_norm or model.layer_norm", "set model.qk_norm=false model.layer_norm=false"
+    if model.mtp:
+        yield f"model.mtp={model.mtp}", "set model.mtp=0"
+    if plan.train.recompute == "attention":
+        yield "train.recompute=attention", "set train.recompute=selective"
+    for key in ("fused_gradients", "fused_experts"):
+        if getattr(plan.train, key):
+            yield f"train.{key}=true", f"set train.{key}=false"
     if not plan.train.fused_attention:
         yield "train.fused_attention=false", "set train.fused_attention=true"
     if model.moe.experts and plan.train.compile and plan.train.recompute != "none":
@@ -74,6 +81,12 @@ def _unbuilt_mesh(plan: Plan) -> Iterator[tuple[str, str]]:
         yield f"mesh.schedule={mesh.pipeline} on a CPU with torch {torch.__version__}", "use torch 2.13, or mesh.schedule=zero_bubble"
     if mesh.zero != 3 and plan.dp_shard * mesh.cp > 1:
         yield f"mesh.zero={mesh.zero}", "set mesh.zero=3" + (", or dp_replicate for dp_shard" if mesh.zero == 0 else "")
+    if mesh.etp > 1:
+        yield f"mesh.etp={mesh.etp}", "set mesh.etp=1"
+    if mesh.dispatch != "copies":
+        yield f"mesh.dispatch={mesh.dispatch}", "set mesh.dispatch=copies"
+    if mesh.overlap_experts:
+        yield "mesh.overlap_experts=true", "set mesh.overlap_experts=false"
     if model.vocab % mesh.tp:
         yield f"model.vocab={model.vocab} on mesh.tp={mesh.tp} ranks", f"set model.vocab={-(-model.vocab // mesh.tp) * mesh.tp}"
     tokens, heads = plan.train.seq_len, model.heads // mesh.tp if model.mla.kv_rank else model.kv_heads // mesh.tp

@@ -44,10 +44,10 @@ def laid_out(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stage: 
     """The whole model, or one stage of it, on its mesh, without storage."""
     with torch.device("meta"):
         if stage is None:
-            model = Decoder(plan.model, plan.train.recompute)
+            model = Decoder(plan.model, plan.train.recompute, share=plan.train.recompute_share)
         else:
-            ends = {"first": stage == 0, "last": stage == plan.mesh.pp * plan.mesh.vpp - 1}
-            model = Decoder(plan.model, plan.train.recompute, layers_of(plan, stage), **ends)
+            first, last = stage == 0, stage == plan.mesh.pp * plan.mesh.vpp - 1
+            model = Decoder(plan.model, plan.train.recompute, layers_of(plan, stage), first, last, plan.train.recompute_share)
     if axes is not None:
         parallel.apply(model, plan, axes, timeline)
     elif plan.train.compile:

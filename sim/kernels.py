@@ -79,6 +79,9 @@ class Rates:
     nic: float  # fraction of the network's bandwidth that collectives reach
     shard_unit: float  # s that sharding adds to a unit's forward and backward
     shard_copy: float  # B/s of copying a unit's parameters and gradients
+    error: float  # standard deviations of log(predicted / measured): of dense models,
+    mixture_error: float  # of mixtures of experts,
+    host_error: float  # and what is added, in squares, where blocks wait for the host
     extract_rate: float
     dedup_rate: float
     train_rate: float
@@ -143,6 +146,9 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         nic=gpu.nic_efficiency,
         shard_unit=pick("shard_unit.latency", 0.0),
         shard_copy=pick("shard_unit.bandwidth", memory),
+        error=gpu.error,
+        mixture_error=gpu.mixture_error,
+        host_error=gpu.host_error if tiled else 0.0,
         extract_rate=pick("extract_rate", plan.data.extract_rate),
         dedup_rate=pick("dedup_rate", plan.data.dedup_rate),
         train_rate=pick("train_rate", plan.tokenizer.train_rate),
@@ -204,17 +210,19 @@ class Device:
 
     def seconds(self, work: "Work") -> Array:
         """Time of some work at this device's rates."""
-        return np.asarray(self.each([work])[0])
+        if work.products or work.chain is not None:
+            return np.asarray(self.each([work])[0])
+        return np.asarray(work.times * (work.launches * self["launch"] + work.bytes / self[f"bandwidth.{work.kind}"]))  # it only moves
 
-    def each(self, works: Sequence["Work"]) -> Array:
-        """Times of some works, on a new first axis.
+    def each(self, works: Sequence["Work"], share: Sequence[Any] | None = None) -> Array:
+        """Times of some works, or of a share of each, on a new first axis.
 
         Stacked, because a plan's sixty operations one by one spend more time in calls than in arithmetic.
         """
         rate, bandwidth, flops, size, launches, times = stacked(
             [self[f"rate.{work.kind}"] for work in works], [self[f"bandwidth.{work.kind}"] for work in works],
             [work.flops for work in works], [work.bytes for work in works], [work.launches for work in works],
-            [work.times for work in works],
+            [work.times if share is None else work.times * share[place] for place, work in enumerate(works)],
         )  # fmt: skip
         arithmetic, memory = flops / rate, size / bandwidth
         if np.isfinite(self["units"]).any():
@@ -283,6 +291,11 @@ class Work:
     chain: Any = None  # FLOPs of one unit while the others have ended
     times: Any = 1
     fused: float = 1.0  # share of the bytes that fused code moves
+
+    @property
+    def single(self) -> bool:
+        """Whether it is a kernel of its own, which nothing fuses: a product or attention."""
+        return bool(self.products) or self.chain is not None
 
     def __mul__(self, times: Any) -> "Work":
         return Work(self.kind, self.flops, self.bytes, self.launches, self.products, self.chain, self.times * times, self.fused)

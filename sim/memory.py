@@ -35,7 +35,7 @@ def held(p: Any) -> Array:
     """
     routed = routed_parameters(p)
     stage = np.minimum(1.0, p.layers / p.pp / np.maximum(expert_layers(p), 1))
-    return np.asarray((parameters(p) - routed) / p.tp / p.pp + routed / p.ep * stage)
+    return np.asarray((parameters(p) - routed) / p.tp / p.pp + routed / p.ep / p.etp * stage)
 
 
 def memory(p: Any) -> Memory:
@@ -46,14 +46,16 @@ def memory(p: Any) -> Memory:
     split = 12 * (p.zero > 0) + 4 * (p.zero == 2)
     shard = parameters(p) / (p.pp * p.tp * shards)
     state = np.where(p.zero == 3, 16 * shard, whole * held(p) + split * shard)
-    block = layers_parameters(p) / p.tp + routed_parameters(p) / p.ep
+    state = np.where(p.frozen, p.size * np.where(p.zero == 3, shard, held(p)), state)  # weights alone; adapters are small
+    block = layers_parameters(p) / p.tp + routed_parameters(p) / p.ep / p.etp
     unsharded = np.where(p.pp > 1, block / p.pp, 2 * block / p.layers)
     gathered = np.where((shards > 1) & (p.zero == 3), (unsharded + embedding_parameters(p) / p.tp) * p.size, 0.0)
     late = np.where((shards > 1) & (p.zero == 3) & (p.accumulation > 1), held(p) * 4, 0.0)  # gradients reduced with the last micro-batch
     tokens = p.micro_batch * p.seq_len / p.cp
     in_flight = np.where(p.gpipe, p.accumulation, np.minimum(p.pp, p.accumulation))
     some = np.where(p.selective, products(p), kept(p))
-    per_block = tokens * np.where(p.recompute, p.hidden / p.tp, some) * p.size
+    share = p.recompute_share
+    per_block = tokens * (share * np.where(p.recompute, p.hidden / p.tp, some) + (1 - share) * kept(p)) * p.size
     working = np.where(p.recompute | p.selective, tokens * kept(p) * p.size, 0.0)
     head = np.where(p.pp > 1, 0.0, 3.0) * tokens * p.vocab / p.tp * 4
     return Memory(state, gathered + late, per_block * p.layers / p.pp * in_flight + working, head)
@@ -70,7 +72,9 @@ def kept(p: Any) -> Array:
     keys = np.where(p.mla.kv_rank > 0, query_width(p) + value_width(p), 2 * p.kv_heads * p.head_dim)
     attention = 4 * p.hidden + query_width(p) + keys + value_width(p) + p.mla.kv_rank + p.mla.q_rank
     experts = (p.moe.top_k + p.moe.shared) * p.moe.ffn * factor + 2 * p.moe.top_k * p.hidden
-    scores = (1 - p.fused_attention) * 2.5 * p.heads * p.seq_len  # 5 a s of Korthikanti et al. 2022, table 2, in elements of 2 bytes
+    scores = (
+        (1 - p.fused_attention) * ~p.core * 2.5 * p.heads * p.seq_len
+    )  # 5 a s of Korthikanti et al. 2022, table 2, in elements of 2 bytes
     return np.asarray((attention + scores + (1 - mixed) * factor * p.ffn + mixed * experts) / p.tp)
 
 
@@ -80,6 +84,8 @@ def products(p: Any) -> Array:
     mixed, factor = expert_layers(p) / p.layers, 1 + p.gated
     keys = np.where(p.mla.kv_rank > 0, 2 * value_width(p) + p.mla.kv_rank + p.mla.rope + p.mla.q_rank, 2 * p.kv_heads * p.head_dim)
     attention = 3 * p.hidden + query_width(p) + keys + value_width(p)
-    experts = (p.moe.top_k + p.moe.shared) * p.moe.ffn * 2 * factor + 2 * p.moe.top_k * p.hidden  # a mixture keeps all
+    experts = (p.moe.top_k + p.moe.shared) * p.moe.ffn * 2 * factor + 2 * p.moe.top_k * p.hidden  # a mixture of real keeps all,
+    lean = (p.moe.top_k + p.moe.shared) * p.moe.ffn * factor + p.moe.top_k * p.hidden  # Megatron's computes its activation again
+    experts = np.where(p.zero < 3, lean, experts)
     feed = (1 - mixed) * (factor * p.ffn + p.hidden) + mixed * experts
     return np.asarray((attention + feed) / p.tp + np.where(p.tp > 1, 2 * p.hidden, 0))

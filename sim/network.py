@@ -78,13 +78,23 @@ class Network:
         spent = self.latency("all_gather", reach) + size / self.bandwidth("all_gather", stride, reach)
         return np.where(self.degree[axis] > 1, spent, 0.0)
 
-    def all_to_all(self, n: Array, copies: Array, size: Array) -> Array:
-        """Seconds in which every one of n neighbouring ranks sends its tokens, `size` bytes, to `copies` of the others' experts.
+    def all_to_all(self, n: Array, copies: Any, size: Any, stride: Any = 1.0, once: Any = False) -> Array:
+        """Seconds in which every one of n ranks, `stride` apart, sends its tokens, `size` bytes, to `copies` of the others' experts.
 
-        A token crosses the fabric once for every server that holds one of its experts, of which a node-limited router
-        allows only some, and fans out there (DeepSeek-V3, arXiv 2412.19437, section 3.2.2).
+        A copy goes to every expert, or, `once`, one to every rank and over the fabric one to every server that holds any of them, of
+        which a node-limited router allows only some: of d of them k random choices meet d (1 − (1 − 1 / d)^k) (DeepSeek-V3, arXiv
+        2412.19437, section 3.2.2).
         """
-        domains = np.maximum(1.0, n / self.domain)
-        near = copies * (1 - 1 / np.maximum(1.0, np.minimum(n, self.domain))) * size / self.device["link.all_to_all"]
-        far = np.minimum(np.minimum(copies, self.node_limit), domains) * (1 - 1 / domains) * size / self.nic
-        return np.where(n > 1, self.latency("all_to_all", n) + np.maximum(near, far), 0.0)
+        inside = np.minimum(n, np.maximum(1.0, self.domain / stride))
+        domains = np.maximum(1.0, n / inside)
+        reached = np.minimum(domains, self.node_limit)
+        servers = np.where(once, _met(reached, copies), copies)
+        ranks = np.where(once, servers * _met(inside, copies / np.maximum(servers, 1)), copies)
+        near = ranks * (1 - 1 / inside) * size / self.device["link.all_to_all"]
+        far = servers * (1 - 1 / domains) * size / self.nic
+        return np.where(n > 1, self.latency("all_to_all", n * stride) + np.maximum(near, far), 0.0)
+
+
+def _met(places: Array, choices: Any) -> Array:
+    """How many of some places are met by random choices."""
+    return np.asarray(places * (1 - (1 - 1 / places) ** choices))

@@ -39,6 +39,12 @@ from sim.schedule import PARTED, V_SHAPED
 ADDS = {"forward": (2, 4 / 3, 7 / 3), "backward": (5, 2 / 3, 20 / 3)}
 
 
+# Kernels that the host launches for a micro-batch besides its blocks, one after the other because their inputs come from it: what a
+# batch is handed out with, masks and positions, embedding, head, the dozen of a cross-entropy over a parted vocabulary, and backward.
+AROUND = 35
+CORE = ("attention.forward", "scores.forward")
+
+
 @dataclass(frozen=True)
 class Steps:
     """One entry a plan; seconds of one step on a rank, whose parts add up to step_time."""
@@ -52,8 +58,9 @@ class Steps:
     memory: Array  # bytes, peak on a rank
     mfu: Array
     tokens_per_s: Array
+    error: Array  # standard deviation of log(predicted / measured) that steps like it had
     arithmetic: Array  # seconds of compute in matrix products and attention
-    stalled: Array  # seconds of compute in which blocks wait for the host to launch kernels; the rest moves tensors
+    stalled: Array  # seconds of compute in which the device waits for the host to launch kernels; the rest moves tensors
 
 
 def columns(plans: Sequence[Plan]) -> Any:
@@ -68,8 +75,10 @@ def columns(plans: Sequence[Plan]) -> Any:
         return {name: gather(attrgetter(f"{group}.{name}")) for name in names}
 
     values = of("model", ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "gated", "vocab", "tied", "position_rows",
-                          "layer_norm", "qk_norm"))  # fmt: skip
-    values |= of("train", ("seq_len", "global_batch", "micro_batch", "evaluate_sequences", "fused_attention")) | of("mesh", ("vpp", "ep"))
+                          "layer_norm", "qk_norm", "mtp"))  # fmt: skip
+    values |= of("train", ("seq_len", "global_batch", "micro_batch", "evaluate_sequences", "fused_attention", "recompute_share")) | of(
+        "mesh", ("vpp", "ep", "etp")
+    )
     values |= {axis: gather(partial(_degree, axis)) for axis in plans[0].axes}
     values |= {name: gather(attrgetter(name)) for name in ("dp", "accumulation", "ranks", "tokens_per_step")}
     values["size"] = gather(lambda p: 4 if p.train.precision == "fp32" else 2)
@@ -77,17 +86,24 @@ def columns(plans: Sequence[Plan]) -> Any:
     values["zero"] = gather(lambda p: p.mesh.zero)
     values["peak"] = gather(lambda p: p.gpu.peak(p.train.precision) or np.nan)
     values["rope"] = gather(lambda p: p.model.positions == "rope")
-    moe = SimpleNamespace(**of("model.moe", ("experts", "top_k", "shared", "ffn", "dense_layers")))
+    moe = SimpleNamespace(**of("model.moe", ("experts", "top_k", "shared", "ffn", "dense_layers", "imbalance")))
     mla = SimpleNamespace(**of("model.mla", ("kv_rank", "q_rank", "rope")))
     values["crowd"] = gather(lambda p: max(1.0, p.cluster.gpus_per_node / p.cluster.cores_per_node) if p.gpu.kind == "cpu" else 1.0)
     flags = {
         "recompute": np.array([p.train.recompute == "full" for p in plans]),
         "selective": np.array([p.train.recompute == "selective" for p in plans]),
+        "core": np.array([p.train.recompute == "attention" for p in plans]),
         "parted": np.array([p.mesh.pipeline in PARTED for p in plans]),
         "v_shaped": np.array([p.mesh.pipeline in V_SHAPED for p in plans]),
         "gpipe": np.array([p.mesh.pipeline == "gpipe" for p in plans]),
         "beside": np.array([p.gpu.kind != "cpu" for p in plans]),
         "compiled": np.array([p.train.compile for p in plans]),
+        "fused_gradients": np.array([p.train.fused_gradients for p in plans]),
+        "fused_experts": np.array([p.train.fused_experts for p in plans]),
+        "ulysses": np.array([p.mesh.cp_kind == "ulysses" for p in plans]),
+        "gathered": np.array([p.mesh.cp_kind == "gather" for p in plans]),
+        "once": np.array([p.mesh.dispatch == "tokens" for p in plans]),
+        "overlap_experts": np.array([p.mesh.overlap_experts for p in plans]),
         "frozen": np.zeros(len(plans), bool),  # weights that have no gradient, as under low-rank adapters
     }
     return SimpleNamespace(**values, **flags, moe=moe, mla=mla)
@@ -113,12 +129,14 @@ def predict(p: Any, device: Device, network: Network) -> Steps:
     bubble, optimizer = _bubble(p, part), p.crowd * part.optimizer
     step_time = compute + communication + bubble + optimizer
     sequences = np.ceil(p.evaluate_sequences / (p.dp * p.micro_batch))
-    gathers = _gathers(p, network, part.layers) * np.where(p.beside, 0.0, 1.0)
+    gathers = np.zeros(1) if p.beside.all() else np.where(p.beside, 0.0, _gathers(p, network, part.layers))
     evaluate = p.crowd * sequences * (part.layers * part.block_forward + part.ends_forward + gathers + 0.5 * part.units)
     rate = p.tokens_per_step / step_time
     mfu = rate * flops_per_token(p, p.seq_len) / (p.peak * p.ranks)
+    base = np.where(p.moe.experts > 0, device["mixture_error"], device["error"])
+    error = np.hypot(base, device["host_error"] * part.waiting)
     busy = (p.crowd * p.accumulation * part.arithmetic, p.crowd * p.accumulation * part.stalled)
-    told = (step_time, compute, communication, bubble, optimizer, evaluate, memory(p).total, mfu, rate, *busy)
+    told = (step_time, compute, communication, bubble, optimizer, evaluate, memory(p).total, mfu, rate, error, *busy)
     return Steps(*np.broadcast_arrays(*map(np.atleast_1d, told)))
 
 
@@ -129,17 +147,24 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
     block, ends: the same of one block, and of embedding and head; extra: by how much the ends make their rank busier;
     added: adding a micro-batch's gradients to those before; units: what sharding adds to a micro-batch;
     arithmetic, stalled: the parts of forward and backward in matrix products and attention, and in waiting for the host;
+    around: launches of a micro-batch besides its blocks; waiting: share of the blocks' time in which the device waits for the host;
     traffic: tensor-, context- and expert-parallel of a micro-batch; send: one message to a neighbour in the pipeline, and
     sends: waiting for those in a step; sharding: data-parallel traffic of a step; agreed: one number over all.
     """
     layers, spent = _layers_a_stage(p), _spent(p, device)
     slowest = 1 + device["spread"] * np.maximum(0.0, _largest(p.ranks))
-    again = np.where(p.recompute, spent["forward"], np.where(p.selective, spent["small"], 0.0))
+    again = np.where(p.recompute, spent["forward"], np.where(p.selective, spent["small"], np.where(p.core, spent["core"], 0.0)))
+    again = p.recompute_share * again
+    doubled = p.recompute_share * np.where(p.recompute, spent["arithmetic.forward"], np.where(p.core, spent["core"], 0.0))
     block = spent["forward"] + spent["backward"] + again
+    for stage, extra in (("forward", 0.0), ("backward", again)):  # further tokens' blocks lie beside the head
+        spent[f"ends.{stage}"] = spent[f"ends.{stage}"] + p.mtp * (spent[stage] + extra)
     ends = spent["ends.forward"] + spent["ends.backward"]
     shown = np.where(p.pp > 1, np.maximum(0.0, ends - _spared(p) * block), ends) / ends  # the last stage may have fewer blocks
-    forward = layers * spent["forward"] + shown * spent["ends.forward"]
-    backward = layers * (spent["backward"] + again) + shown * spent["ends.backward"] + _accumulate(p, device)
+    around = AROUND * device["host"] + np.zeros(1)
+    forward = layers * spent["forward"] + shown * spent["ends.forward"] + around
+    added = _accumulate(p, device, layers * spent["weights"])
+    backward = layers * (spent["backward"] + again) + shown * spent["ends.backward"] + added
     hidden = np.where(p.compiled, device["tensor_overlap"], 0.0)
     send = np.where(p.pp > 1, network.send("pp", _message(p)), 0.0)
     agreed = network.collective("all_reduce", "dp_shard", 4.0)  # one number: the gradient norm, and the loss
@@ -148,10 +173,12 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
         block={"F": slowest * spent["forward"], "B": slowest * (spent["backward"] + again), "W": slowest * spent["weights"]},
         ends={"F": slowest * spent["ends.forward"], "B": slowest * spent["ends.backward"]}, extra=slowest * shown * ends,
         forward=slowest * forward, backward=slowest * backward, weights=slowest * layers * spent["weights"],
-        arithmetic=slowest * (layers * (spent["arithmetic"] + p.recompute * spent["arithmetic.forward"])
-                              + shown * spent["ends.arithmetic"]),
-        stalled=slowest * layers * spent["stalled"], added=slowest * _accumulate(p, device), units=_units(p, device, layers),
-        traffic=(1 - hidden) * _tensor_traffic(p, network, layers) + _expert_traffic(p, network, layers), send=send,
+        arithmetic=slowest * (layers * (spent["arithmetic"] + doubled) + shown * (spent["ends.arithmetic"] + p.mtp * spent["arithmetic"])),
+        stalled=slowest * (layers * spent["stalled"] + around), waiting=spent["waiting"] / block,
+        added=slowest * added, around=slowest * around, units=_units(p, device, layers),
+        traffic=(1 - hidden) * _tensor_traffic(p, network, layers) + _context_traffic(p, device, network, layers, spent)
+        + _experts_shown(p, device, network, layers, forward + backward),
+        send=send,
         sends=_sends(p, send), sharding=_sharding(p, network, layers, p.accumulation), agreed=agreed,
         optimizer=_optimizer(p, device) + agreed,
     )  # fmt: skip
@@ -220,8 +247,10 @@ def _layers_a_stage(p: Any) -> Array:
 
 
 def _spared(p: Any) -> Array:
-    """Blocks that the last stage has less than the others."""
-    return np.where((p.layers % p.pp > 0) & ((p.layers + 2) % p.pp == 0), 1.0, 0.0)
+    """Blocks that the last stage has less than the others: one where embedding and head count as layers; where nothing divides,
+    frameworks whose stages are laid out by hand leave it what is missing."""
+    missing = np.ceil(p.layers / p.pp) * p.pp - p.layers
+    return np.where((p.layers + 2) % p.pp == 0, 1.0 * (missing > 0), np.where(p.zero < 3, missing, 0.0))
 
 
 def block_work(p: Any, stage: str) -> list[Work]:
@@ -232,7 +261,7 @@ def block_work(p: Any, stage: str) -> list[Work]:
     tokens, size, h = p.micro_batch * p.seq_len / p.cp, p.size, p.hidden
     mixed = expert_layers(p) / p.layers
     *into, out = attention_matrices(p)
-    work = [matmul(tokens, n / p.tp, k, size, stage) * there for n, k, there in into if np.any(there)]
+    work = [matmul(tokens, n / p.tp, k, size, stage) * there for n, k, there in into if _some(there)]
     work.append(matmul(tokens, out[0], out[1] / p.tp, size, stage))
     whole = np.where(p.fused_attention, 1, 2)  # without fusion the masked half is computed too, and every score is written and read
     work.append(attention(tokens, p.seq_len, (query_width(p) + value_width(p)) / 2 / p.tp, size, stage, p.head_dim) * whole)
@@ -242,18 +271,24 @@ def block_work(p: Any, stage: str) -> list[Work]:
     turned = np.where(latent, p.heads * p.mla.rope, value_width(p)), np.where(latent, p.mla.rope, p.kv_heads * p.head_dim)
     work += [moved("rotary", tokens * width / p.tp, size, stage) * p.rope for width in turned]
     work += [part * (1 - mixed) for part in _feed_forward(p, tokens, p.ffn, size, stage)]
-    work += [part * mixed for part in _mixture(p, tokens, size, stage)] if np.any(mixed) else []
+    work += [part * mixed for part in _mixture(p, tokens, size, stage)] if _some(mixed) else []
     work.append(moved("quantise", tokens * (_operands(p) + (h + value_width(p)) / p.tp), size, stage) * p.narrow)
     eager, fused, old = ADDS[stage]
     adds = np.where(p.compiled, np.where(p.fused_attention > 0, fused, old), eager)
     work.append(moved("add", tokens * h / p.tp, size, "forward") * adds)
-    return [part for part in work if np.any(part.times)]  # what none of the plans does costs nothing
+    return [part for part in work if _some(part.times)]  # what none of the plans does costs nothing
+
+
+def _some(numbers: Any) -> bool:
+    """Whether any of some numbers, or the one that all plans have, is not zero."""
+    return bool(numbers.any() if isinstance(numbers, np.ndarray) else numbers)
 
 
 def _operands(p: Any) -> Any:
     """Width of the feed-forward's inputs to matrix products, a token."""
     mixed, moe = expert_layers(p) / p.layers, p.moe
-    return (1 - mixed) * (p.hidden + p.ffn / p.tp) + mixed * (moe.top_k + moe.shared) * (p.hidden + moe.ffn) / p.tp
+    visited = np.where(p.fused_experts, 0.0, moe.top_k) + moe.shared
+    return (1 - mixed) * (p.hidden + p.ffn / p.tp) + mixed * visited * (p.hidden + moe.ffn) / p.tp
 
 
 def _feed_forward(p: Any, tokens: Any, width: Any, size: Any, stage: str) -> list[Work]:
@@ -264,13 +299,15 @@ def _feed_forward(p: Any, tokens: Any, width: Any, size: Any, stage: str) -> lis
 
 def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
     """Router, shared experts, and the routed ones in grouped products; tokens are spread evenly over experts, and over tp."""
-    moe, visits = p.moe, tokens / p.tp * p.moe.top_k
+    moe, width = p.moe, p.moe.ffn / p.etp
+    visits = tokens / p.tp * moe.top_k * p.etp * moe.imbalance  # ranks that share experts see each other's tokens
     local = moe.experts / p.ep
-    each = np.where(p.zero < 3, local, 1.0)  # Megatron launches every expert by itself, torch's grouped product is one kernel
-    up = matmul(visits, moe.ffn, p.hidden, size, stage, local, each) * (1 + p.gated)
-    down = matmul(visits, p.hidden, moe.ffn, size, stage, local, each)
-    routed = [up, down, moved("swiglu", visits * moe.ffn, size, stage), moved("permute", visits * p.hidden, size, stage)]
-    quantised = (2 if stage == "forward" else 4) * each * p.narrow  # its input for two products forward, and both gradients'
+    each = np.where((p.zero < 3) & ~p.fused_experts, local, 1.0)  # Megatron launches every expert by itself, torch's product is one kernel
+    apart = np.where(p.fused_experts, 0.0, 1.0)
+    up = matmul(visits, width, p.hidden, size, stage, local, each) * (1 + p.gated)
+    down = matmul(visits, p.hidden, width, size, stage, local, each)
+    routed = [up, down, moved("swiglu", visits * width, size, stage) * apart, moved("permute", visits * p.hidden, size, stage) * apart]
+    quantised = (2 if stage == "forward" else 4) * each * p.narrow * apart  # its input for two products forward, and both gradients'
     routed.append(Work(f"quantise.{stage}", 0.0, 0.0, quantised))
     shared = [part * (moe.shared > 0) for part in _feed_forward(p, tokens, moe.shared * moe.ffn, size, stage)]
     return [matmul(tokens / p.tp, moe.experts, p.hidden, size, stage), *routed, *shared]
@@ -278,58 +315,60 @@ def _mixture(p: Any, tokens: Any, size: Any, stage: str) -> list[Work]:
 
 def _spent(p: Any, device: Device) -> dict[str, Array]:
     """Seconds on one micro-batch of a block, forward and backward, of its forward operations besides matrix products and
-    attention (which selective recomputation does again), of its weights' gradients, of the model's ends, of the arithmetic in
-    them, and of waiting for the host."""
+    attention (which selective recomputation does again), of its attention
+    and waiting for the host (beside which keys may travel), of attention and scores (which may be done again alone), of its weights'
+    gradients, and of the model's ends."""
     parts = {name: block_work(p, name) for name in ("forward", "backward")}
     parts |= {f"ends.{stage}": _ends(p, stage) for stage in ("forward", "backward")}
-    seconds = iter(device.each([work for works in parts.values() for work in works]))
-    timed = {name: [(work, _once(p, device, work) * next(seconds)) for work in works] for name, works in parts.items()}
-    timed["weights"] = [(work, 0.5 * time) for work, time in timed["backward"] if work.products]
-    timed["small"] = [(work, time) for work, time in timed["forward"] if work.kind.split(".")[0] not in ("matmul", "attention")]
-    both, ends = timed["forward"] + timed["backward"], timed["ends.forward"] + timed["ends.backward"]
-    timed |= {"arithmetic": _products(both), "arithmetic.forward": _products(timed["forward"]), "ends.arithmetic": _products(ends)}
-    spent = {name: device["composition"] * sum(time for _, time in works) for name, works in timed.items()}
-    spent["stalled"] = np.zeros(())
+    works = [work for part in parts.values() for work in part]
+    kept, plain = np.where(p.frozen, 0.5, 1.0), ~p.compiled  # of two products frozen weights need the input's gradient alone
+    share = [kept if len(work.products) > 1 else work.fused + (1 - work.fused) * plain for work in works]
+    times = device["composition"] * device.each(works, share)
+    stops = np.cumsum([len(part) for part in parts.values()])
+    rows = dict(zip(parts, np.split(np.arange(len(works)), stops[:-1]), strict=True))
+    spent = {name: times[mine[0] : mine[-1] + 1].sum(axis=0) for name, mine in rows.items()}
+    spent["weights"] = 0.5 * times[[row for row in rows["backward"] if works[row].products]].sum(axis=0)
+    for stage in ("forward", "backward"):
+        spent[f"attention.{stage}"] = times[[row for row in rows[stage] if works[row].chain is not None]].sum(axis=0)
+    spent["core"] = times[[row for row in rows["forward"] if works[row].kind in CORE]].sum(axis=0)
+    spent["small"] = times[[row for row in rows["forward"] if not works[row].single]].sum(axis=0)
+    products = {name: times[[row for row in mine if works[row].single]].sum(axis=0) for name, mine in rows.items()}
+    spent |= {"arithmetic": products["forward"] + products["backward"], "arithmetic.forward": products["forward"]}
+    spent |= {"ends.arithmetic": products["ends.forward"] + products["ends.backward"], "stalled": np.zeros(1)}
+    spent["waiting"] = np.zeros(1)
     for name in ("forward", "backward"):
-        kernels = device["glue"] + spent[name]
-        spent[name] = np.maximum(kernels, device["host"] * _calls(p, parts[name]))
-        spent["stalled"] = spent["stalled"] + spent[name] - kernels
+        alone, host = device["glue"] + spent[name], device["host"] * _calls(p, parts[name])
+        spent[name] = np.maximum(alone, host)
+        spent[f"attention.{name}"] = spent[f"attention.{name}"] + spent[name] - alone
+        spent["stalled"] = spent["stalled"] + spent[name] - alone
+        spent["waiting"] = spent["waiting"] + np.where(host > alone, spent[name], 0.0)
     return spent
-
-
-def _products(timed: list[tuple[Work, Any]]) -> list[tuple[Work, Any]]:
-    """Those of some timed operations that are matrix products or attention."""
-    return [(work, time) for work, time in timed if work.products or work.chain is not None]
-
-
-def _once(p: Any, device: Device, work: Work) -> Any:
-    """Share of an operation that is done: compiled, those that only move tensors are fused; frozen weights have no gradient."""
-    if work.products or work.chain is not None:
-        return np.where(p.frozen, 0.5, 1.0) if len(work.products) > 1 else 1.0  # of two products, the input's gradient alone
-    return np.where(p.compiled, work.fused, 1.0)
 
 
 def _calls(p: Any, works: list[Work]) -> Array:
     """Kernels that the host launches in a row, collectives of a tensor-parallel block included; compiling fuses half of
     those that only move tensors."""
-    calls = np.where(p.tp > 1, 4.0, 0.0)
+    calls, some = 4.0 * (p.tp > 1), 1 - 0.5 * p.compiled
     for work in works:
-        single = work.products or work.chain is not None
-        calls = calls + work.launches * work.times * (1.0 if single else np.where(p.compiled, 0.5, 1.0))
+        calls = calls + work.launches * work.times * (1.0 if work.single else some)
     return np.asarray(calls)
 
 
 def _ends(p: Any, stage: str) -> list[Work]:
-    """Embedding, last norm, head and loss on one micro-batch."""
-    tokens, size = p.micro_batch * p.seq_len / p.cp, p.size
-    work = [moved("embedding", tokens * p.hidden / p.tp, size, stage), moved("norm", tokens * p.hidden / p.tp, size, stage)]
-    return [*work, matmul(tokens, p.vocab / p.tp, p.hidden, size, stage), moved("loss", tokens * p.vocab / p.tp, 4.0, stage)]
+    """Embedding, last norm, head and loss on one micro-batch, once more for every further token that is predicted."""
+    tokens, size, more = p.micro_batch * p.seq_len / p.cp, p.size, 1 + p.mtp
+    work = [moved(kind, tokens * p.hidden / p.tp, size, stage) * times for kind, times in (("embedding", more), ("norm", 1 + 3 * p.mtp))]
+    head = [matmul(tokens, p.vocab / p.tp, p.hidden, size, stage), moved("loss", tokens * p.vocab / p.tp, 4.0, stage)]
+    joined = matmul(tokens, p.hidden / p.tp, 2 * p.hidden, size, stage) * p.mtp
+    return [*work, *(part * more for part in head), *([joined] if _some(p.mtp) else [])]
 
 
-def _accumulate(p: Any, device: Device) -> Array:
-    """Adding a micro-batch's weight gradients to those before, and clearing: a pass over all of them."""
+def _accumulate(p: Any, device: Device, weights: Array) -> Array:
+    """Adding a micro-batch's weight gradients to those before, and clearing: a pass over all of them, which may ride on
+    the products that make them."""
     again = (p.accumulation - 1) / p.accumulation * ~p.frozen
-    return np.asarray(again * device.seconds(moved("add", held(p), 4.0, "forward")))
+    added = device.seconds(moved("add", held(p), 4.0, "forward"))
+    return np.asarray(again * np.where(p.fused_gradients, np.maximum(0.0, added - weights), added))
 
 
 def _optimizer(p: Any, device: Device) -> Array:
@@ -340,19 +379,57 @@ def _optimizer(p: Any, device: Device) -> Array:
 
 
 def _tensor_traffic(p: Any, network: Network, layers: Array) -> Array:
-    """Sequence-parallel all-gathers and reduce-scatters of one micro-batch: two of each forward, and again backward."""
+    """Sequence-parallel all-gathers and reduce-scatters of one micro-batch: two of each forward, again backward, and again where the
+    forward pass is."""
     size = p.micro_batch * p.seq_len / p.cp * p.hidden * p.size
     pair = network.collective("all_gather", "tp", size) + network.collective("reduce_scatter", "tp", size)
-    keys = 2 * p.micro_batch * p.seq_len * p.kv_heads * p.head_dim / p.tp * p.size
-    context = network.collective("all_gather", "cp", keys) + network.collective("reduce_scatter", "cp", keys)
-    return np.asarray(layers * (4 * pair + np.where(p.cp > 1, context, 0.0)))
+    return np.asarray(layers * 2 * (1 + _forwards(p)) * pair)
+
+
+def _forwards(p: Any) -> Any:
+    """Forward passes of a block: one, and another where the backward pass does it again."""
+    return 1 + p.recompute_share * p.recompute
+
+
+def _context_traffic(p: Any, device: Device, network: Network, layers: Array, spent: dict[str, Array]) -> Array:
+    """What spreading sequences over cp adds to one micro-batch.
+
+    ring: keys and values go round in cp − 1 hops each pass, beside the attention to those at hand, and on the way back their fp32
+    gradients too (Liu et al. 2023, Ring Attention, section 3); gather: they are gathered, their gradients reduced (Llama 3, arXiv
+    2407.21783, section 3.3.2); ulysses: queries, keys, values and outputs trade sequence for heads (Jacobs et al. 2023).
+    """
+    if not _some(p.cp > 1):
+        return np.zeros(1)
+    tokens, forwards = p.micro_batch * p.seq_len / p.cp / p.tp * p.size, _forwards(p)
+    latent = p.mla.kv_rank > 0
+    keys = tokens * np.where(latent, query_width(p) + value_width(p), 2 * p.kv_heads * p.head_dim)
+    hop, late = network.send("cp", keys), network.send("cp", keys * 4 / p.size)
+    round_ = {"forward": forwards * (p.cp - 1) * hop, "backward": (p.cp - 1) * hop + p.cp * late}
+    beside = {"forward": forwards * spent["attention.forward"], "backward": spent["attention.backward"]}
+    hidden = sum(np.where(p.beside, np.minimum(round_[stage], beside[stage]), 0.0) for stage in round_)
+    ring = sum(round_.values()) - (1 - device["slowdown"]) * hidden
+    gathered = forwards * network.collective("all_gather", "cp", keys * p.cp) + network.collective("reduce_scatter", "cp", keys * p.cp)
+    traded = tokens * (query_width(p) + value_width(p)) + keys
+    ulysses = (forwards + 1) * network.all_to_all(p.cp, 1.0, traded, p.tp)
+    return np.asarray(layers * (p.cp > 1) * np.where(p.ulysses, ulysses, np.where(p.gathered, gathered, ring)))
 
 
 def _expert_traffic(p: Any, network: Network, layers: Array) -> Array:
-    """Tokens sent to their experts and back in one micro-batch, forward and backward, and forward again where recomputed."""
-    size = p.micro_batch * p.seq_len / p.cp / p.tp * p.hidden * p.size
-    passes = np.where(p.recompute, 6, 4) * layers * expert_layers(p) / p.layers
-    return np.asarray(passes * network.all_to_all(p.ep, p.moe.top_k, size))
+    """Tokens sent to their experts and back in one micro-batch, forward and backward, and forward again where recomputed; ranks that
+    share experts gather the tokens and reduce the results. The rank with the fullest experts is waited for."""
+    size = p.micro_batch * p.seq_len / p.cp / p.tp * p.hidden * p.size * p.moe.imbalance
+    passes = 2 * (1 + _forwards(p)) * layers * expert_layers(p) / p.layers
+    whole = size * p.moe.top_k * p.etp
+    shared = network.ring("all_gather", p.etp, np.ones(1), whole) + network.ring("reduce_scatter", p.etp, np.ones(1), whole)
+    return np.asarray(passes * (network.all_to_all(p.ep, p.moe.top_k, size, p.etp, p.once) + 0.5 * shared))
+
+
+def _experts_shown(p: Any, device: Device, network: Network, layers: Array, compute: Array) -> Array:
+    """What a micro-batch waits for its experts' traffic: all of it, or, beside another one's compute, what exceeds that and what it
+    slows it by."""
+    traffic = _expert_traffic(p, network, layers) if _some(p.moe.experts) else np.zeros(1)
+    hidden = np.where(p.overlap_experts, np.minimum(traffic, compute), 0.0)
+    return np.asarray(traffic - (1 - device["slowdown"]) * hidden)
 
 
 def _message(p: Any) -> Array:
@@ -374,9 +451,11 @@ def _gathers(p: Any, network: Network, layers: Array) -> Array:
 
 def _exchange(p: Any, network: Network, kind: str, size: Any) -> Array:
     """A collective over the shards of one block: the ranks of dp_shard and cp, and for experts those that hold the same ones."""
-    common, routed = layers_parameters(p) / p.layers / p.tp, routed_parameters(p) / p.layers / p.ep
-    shards, group = p.dp_shard * p.cp, p.dp_shard * p.cp * p.tp / p.ep
-    return network.ring(kind, shards, p.tp, common * size) + network.ring(kind, group, p.ep, routed * size)
+    common = network.ring(kind, p.dp_shard * p.cp, p.tp, layers_parameters(p) / p.layers / p.tp * size)
+    if not _some(p.moe.experts):
+        return common
+    holders, routed = p.dp_shard * p.cp * p.tp / p.ep / p.etp, routed_parameters(p) / p.layers / p.ep / p.etp
+    return np.asarray(common + (p.moe.experts > 0) * network.ring(kind, holders, p.ep * p.etp, routed * size))
 
 
 def _ends_exchange(p: Any, network: Network, kind: str, size: Any) -> Array:

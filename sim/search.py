@@ -8,7 +8,7 @@ the best step found, nothing behind them can be better.
 
 from collections.abc import Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -26,9 +26,13 @@ OUTER = ("tp", "cp", "pp", "ep", "micro_batch")
 RECOMPUTE = ("none", "selective", "full")
 NAMES = (*OUTER, "schedule", "vpp", "zero", "dp_replicate", "dp_shard", "recompute")
 PARTS = ("compute", "communication", "bubble", "optimizer")
+COLUMNS = (*NAMES, "step_time", *PARTS, "memory", "mfu")
 NEAR = 1.10  # meshes this much slower than the best are listed too
-CHUNK = 20_000  # candidates predicted at a time, whose arrays stay in the processor's cache
+CHUNK = 60_000  # candidates predicted at a time
 KEYS = {name: f"mesh.{name}" for name in NAMES} | {name: f"train.{name}" for name in ("micro_batch", "recompute")}
+
+
+_Rows = dict[str, Any]  # columns of candidates
 
 
 @dataclass(frozen=True)
@@ -66,23 +70,42 @@ def search(plan: Plan, pins: Mapping[str, Any] | None = None, prune: bool = True
     if not len(outer) or not inner.size:
         return Search(pd.DataFrame(columns=NAMES), None, 0)
     floor = _floor(plan, base, device, outer)
-    order, rows = np.argsort(floor, kind="stable"), max(1, CHUNK // inner.size)
-    found, lean, best, predicted = list[pd.DataFrame](), list[pd.DataFrame](), np.inf, 0
-    for mine in np.split(order, range(rows, len(order), rows)):
+    found, leanest, best, predicted = list[_Rows](), (np.inf, _Rows({})), np.inf, 0
+    for mine, choices in _chunks(plan, outer, floor, inner):
         if prune and floor[mine[0]] > NEAR * best:
             break
-        p = _grid(plan, base, outer[mine], inner)
+        p = _grid(plan, base, outer[mine], choices)
         legal, step = _legal(plan, p, pins), predict(p, device, network.on(p))
         predicted += int(legal.sum())
         memory = np.where(legal, step.memory, np.inf)
         fits = memory <= room
         best = min(best, float(np.min(step.step_time, where=fits, initial=np.inf)))
-        found.append(_table(p, inner, step, fits & (step.step_time <= NEAR * best)))
-        lean.append(_table(p, inner, step, memory == memory.min() if legal.any() else legal).head(1))
+        if (near := fits & (step.step_time <= NEAR * best)).any():
+            found.append(_rows(p, choices, step, np.nonzero(near)))
+        if memory.min() < leanest[0]:
+            leanest = memory.min(), _rows(p, choices, step, tuple(np.array([i]) for i in np.unravel_index(memory.argmin(), memory.shape)))
     if not predicted:
         return Search(pd.DataFrame(columns=NAMES), None, 0)
-    meshes = pd.concat(found).sort_values(["step_time", "memory"], kind="stable", ignore_index=True)
-    return Search(meshes[meshes["step_time"] <= NEAR * best], records(pd.concat(lean).sort_values("memory"))[0], predicted)
+    meshes = _table(found).sort_values(["step_time", "memory"], kind="stable", ignore_index=True)
+    return Search(meshes[meshes["step_time"] <= NEAR * best], records(_table([leanest[1]]))[0], predicted)
+
+
+def _chunks(plan: Plan, outer: Array, floor: Array, inner: Inner) -> list[tuple[Any, Inner]]:
+    """Outer parts of one number of pipeline ranks at a time, with the schedules that it allows, those of the lowest floor first."""
+    found = []
+    for pp in np.unique(outer[:, OUTER.index("pp")]):
+        choices = replace(inner, schedules=[(name, vpp) for name, vpp in inner.schedules if _folds(plan.model.layers, int(pp), vpp)])
+        mine = np.flatnonzero(outer[:, OUTER.index("pp")] == pp)
+        mine = mine[np.argsort(floor[mine], kind="stable")]
+        rows = max(1, CHUNK // max(1, choices.size))
+        found += [(part, choices) for part in np.split(mine, range(rows, len(mine), rows))] if choices.size else []
+    return sorted(found, key=lambda chunk: floor[chunk[0][0]])
+
+
+def _folds(layers: int, pp: int, vpp: int) -> bool:
+    """Whether a pipeline may have so many virtual stages a rank; the rule of conf.rules."""
+    stages = pp * vpp
+    return vpp == 1 or (pp > 1 and stages <= layers + 2 and (layers % stages == 0 or (layers + 2) % stages == 0))
 
 
 def _divisors(number: int, most: int | None = None) -> list[int]:
@@ -151,32 +174,38 @@ def _grid(plan: Plan, base: Any, outer: Array, inner: Inner) -> Any:
     p.dp_replicate = np.reshape([float(n) for _, n in inner.shardings], third)
     p.dp_shard = p.dp / p.dp_replicate
     p.recompute = np.reshape([how == "full" for how in inner.recompute], fourth)
+    p.core = np.array(False)
     p.selective = np.reshape([how == "selective" for how in inner.recompute], fourth)
     return p
 
 
 def _legal(plan: Plan, p: Any, pins: Mapping[str, Any]) -> Any:
-    """Whether a candidate keeps the rules of conf.rules; where there is one data-parallel rank, sharding is told once."""
-    layers, stages = plan.model.layers, p.pp * p.vpp
-    folded = (p.vpp == 1) | ((p.pp > 1) & (stages <= layers + 2) & ((layers % stages == 0) | ((layers + 2) % stages == 0)))
+    """Whether a candidate keeps the other rules of conf.rules; where there is one data-parallel rank, sharding is told once."""
     by_turns = (p.schedule == "interleaved") | (p.schedule == "zero_bubble")
     dealt = ~by_turns | (p.accumulation <= p.pp) | (p.accumulation % p.pp == 0)
     enough = (p.schedule != "dualpipev") | (p.accumulation >= 2 * p.pp)
     sharded = (p.dp_shard == np.floor(p.dp_shard)) & ((p.dp > 1) | (p.zero == 3))
-    legal = folded & dealt & enough & sharded & (p.dp_shard * p.cp * p.tp % p.ep == 0) & (p.dp_shard == pins.get("dp_shard", p.dp_shard))
+    legal = dealt & enough & sharded & (p.dp_shard * p.cp * p.tp % p.ep == 0) & (p.dp_shard == pins.get("dp_shard", p.dp_shard))
     return np.broadcast_to(legal[..., :1], np.broadcast_shapes(legal.shape, p.recompute.shape))
 
 
-def _table(p: Any, inner: Inner, step: Any, chosen: Any) -> pd.DataFrame:
-    """The chosen candidates as rows."""
-    at = np.nonzero(chosen)
-    rows = {
-        name: np.broadcast_to(getattr(p, name), chosen.shape)[at].astype(int) for name in NAMES if name not in ("schedule", "recompute")
-    }
-    rows["schedule"] = np.where(rows["pp"] > 1, np.broadcast_to(p.schedule, chosen.shape)[at], "auto")
+def _rows(p: Any, inner: Inner, step: Any, at: Any) -> _Rows:
+    """The candidates at some places of the grid, a column each."""
+    shape = step.step_time.shape
+    rows = {name: np.broadcast_to(getattr(p, name), shape)[at].astype(int) for name in NAMES if name not in ("schedule", "recompute")}
+    rows["schedule"] = np.where(rows["pp"] > 1, np.broadcast_to(p.schedule, shape)[at], "auto")
     rows["recompute"] = np.array(inner.recompute)[at[3]]
     told = {name: getattr(step, name)[at] for name in ("step_time", *PARTS, "memory", "mfu")}
-    return pd.DataFrame({name: rows[name] for name in NAMES} | told)
+    return _Rows({name: rows[name] for name in NAMES} | told)
+
+
+def _table(parts: list[_Rows]) -> pd.DataFrame:
+    """Chosen candidates as one table: pandas costs more than predicting a chunk."""
+    return (
+        pd.DataFrame({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+        if parts
+        else pd.DataFrame(columns=COLUMNS)
+    )
 
 
 def records(meshes: pd.DataFrame) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ class Step:
         part, stages = self.part, self.pp * self.vpp
         units, blocks = 0.5 * part.units / self.vpp, len(stage_blocks(self.plan.model.layers, stages, each.stage))
         ends = {kind: seconds * (each.stage == stages - 1) for kind, seconds in part.ends.items()}
-        whole = {"F": blocks * part.block["F"] + ends["F"] + units, "W": blocks * part.block["W"]}
+        whole = {"F": blocks * part.block["F"] + ends["F"] + part.around / self.vpp + units, "W": blocks * part.block["W"]}
         whole["B"] = blocks * part.block["B"] + ends["B"] + part.added / self.vpp + units
         whole["I"] = whole["B"] - whole["W"]
         return self.crowd * float(whole[each.kind])

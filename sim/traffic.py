@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from math import ceil, prod
 from typing import NamedTuple, TypeAlias
 
-from conf.arithmetic import stage_blocks
+from conf.arithmetic import recomputes, stage_blocks
 from conf.plan import Model, Plan
 from sim.schedule import rank_of
 
@@ -84,7 +84,8 @@ def _passes(plan: Plan, blocks: range, stage: int) -> Iterator[Call]:
 
 def _block(plan: Plan, index: int, tokens: int, size: int) -> Iterator[Call]:
     """Calls of one block and micro-batch."""
-    model, tp, full = plan.model, plan.mesh.tp, plan.train.recompute == "full"
+    model, tp, train = plan.model, plan.mesh.tp, plan.train
+    full = train.recompute == "full" and recomputes(train.recompute_share, index)
     mixed = _mixed(model, index)
     parts = 1 + (not mixed or model.moe.shared > 0)  # attention, and a feed-forward that all tokens visit
     activations = tokens * model.hidden * size

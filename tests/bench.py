@@ -3,6 +3,7 @@
 python -m tests.bench prediction    ten laptop plans, each foretold before it is run
 python -m tests.bench bookkeeping   the trainer against the same loop without its record
 python -m tests.bench sim           how long a prediction takes, Python's start included
+python -m tests.bench step accuracy the step model: its speed, and its errors on sources left out (tests/bench_step.py)
 """
 
 import json
@@ -307,7 +308,9 @@ def sim() -> None:
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["sim", "bookkeeping", "trainers", "saving", "prediction"]
-    for name in chosen:
+    from tests.bench_step import accuracy, step
+
+    every = {bench.__name__: bench for bench in (sim, step, accuracy, bookkeeping, trainers, saving, prediction, gpu)}
+    for name in sys.argv[1:] or [name for name in every if name != "gpu"]:
         print(f"\n== {name}")
-        {"prediction": prediction, "bookkeeping": bookkeeping, "sim": sim, "trainers": trainers, "saving": saving, "gpu": gpu}[name]()
+        every[name]()

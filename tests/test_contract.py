@@ -13,7 +13,7 @@ ARROWS = {"conf": set(), "sim": {"conf"}, "real": {"conf"}, "analysis": {"conf",
 HOMES = {"simpy": {"sim"}, "torch": {"real"}, "matplotlib": {"analysis"}, "hydra": {"conf"}, "omegaconf": {"conf"}}
 # Modules without a twin; ARCHITECTURE.md says why for each.
 ALONE = {
-    "sim": {"failures", "story", "whatif", "expect", "sweep", "search", "advice", "step", "schedule", "flows", "traffic", "feed", "grid",
+    "sim": {"failures", "story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "feed", "grid",
             "load", "money"},
     "real": {
         "attention", "bigram", "collectives", "data", "dry", "fp8", "huggingface", "initial", "layers", "loss", "measure", "model", "moe",

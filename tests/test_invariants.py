@@ -54,12 +54,18 @@ def test_mfu_is_a_share_and_the_parts_add_up(plan):
 @LEGAL
 @given(plans())
 def test_step_time_is_linear_in_accumulation(plan):
-    """Twice the additional micro-batches, twice the additional time; traffic that a longer step hides may only help."""
+    """Twice the additional micro-batches, twice the additional time; traffic of a step that a longer one hides may only help."""
     batch = plan.train.global_batch
-    times = [steps([plan.but(train=plan.train.but(global_batch=n * batch))]).step_time[0] for n in (2, 4, 6)]
-    first, second = np.diff(times)
-    assert first > 0 and second > 0
-    np.testing.assert_allclose(first, second, rtol=0.02)
+    for some, rest in ((plan, np.inf), (unconnected(plan), 0.02)):
+        times = [steps([some.but(train=some.train.but(global_batch=n * batch))]).step_time[0] for n in (2, 4, 6)]
+        first, second = np.diff(times)
+        assert 0 < first <= second * 1.02 and second <= first * (1 + rest)
+
+
+def unconnected(plan):
+    """The same plan where traffic takes no time."""
+    return plan.but(cluster=plan.cluster.but(nic_bandwidth=1e18, nic_latency=0.0),
+                    gpu=plan.gpu.but(link_bandwidth=1e18, link_latency=0.0, link_start=0.0))  # fmt: skip
 
 
 @LEGAL
@@ -75,6 +81,7 @@ def test_faster_parts_never_slow_a_step(plan, key):
 @given(plans(schedules=("1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")))
 def test_more_micro_batches_never_make_the_bubble_a_larger_share(plan):
     batch = plan.train.global_batch
+    plan = unconnected(plan)  # data-parallel traffic that a longer step hides makes everything else a larger share
     found = [steps([plan.but(train=plan.train.but(global_batch=n * batch))]) for n in (1, 2, 4)]
     shares = [float(step.bubble[0] / step.step_time[0]) for step in found]
     assert shares[0] + 1e-12 >= shares[1] and shares[1] + 1e-12 >= shares[2]

@@ -87,8 +87,9 @@ def test_an_untrained_model_guesses_evenly():
 
 def test_recomputing_changes_nothing():
     tokens, gradients = torch.randint(512, (2, 17)), []
-    for recompute in ("none", "selective", "full"):
-        model = Decoder(load(SHAPE).model, recompute)
+    for recompute, share in (("none", 1.0), ("selective", 1.0), ("full", 1.0), ("full", 0.5)):
+        model = Decoder(load(SHAPE).model, recompute, share=share)
+        assert sum(block.recompute == "full" for block in model.layers.values()) == (recompute == "full") * share * len(model.layers)
         initialise(model, 0)
         loss_sum(model(tokens[:, :-1]), tokens[:, 1:]).backward()
         gradients.append([p.grad for p in model.parameters()])

@@ -85,7 +85,7 @@ def test_phases_of_the_step_decide_the_draw() -> None:
         step = pace(load(words))
         assert 0 < step.arithmetic <= 1 and 0 <= step.stalled < 1 and step.arithmetic + step.stalled <= 1 + 1e-9
     wide, narrow = (pace(load(["experiment=llama3_8b", f"train.seq_len={s}", "train.steps=9", "train.warmup=1"])) for s in (8192, 256))
-    assert narrow.stalled > wide.stalled == 0  # blocks of few tokens wait for the host
+    assert narrow.stalled > 0.1 and wide.stalled < 0.01  # blocks of few tokens wait for the host
 
 
 # -- limits, caps and pauses

@@ -39,6 +39,9 @@ def test_recomputing_some_costs_some_and_keeps_some():
     assert none.memory[0] > selective.memory[0] > full.memory[0]
     assert none.compute[0] < selective.compute[0] < full.compute[0]
 
+    half = predicted("mesh.dp_shard=4", "train.recompute=full", "train.recompute_share=0.5", "train.seq_len=2048")
+    assert half.compute[0] == pytest.approx((none.compute[0] + full.compute[0]) / 2) and full.memory[0] < half.memory[0] < none.memory[0]
+
 
 RECOMPUTE = ("none", "selective", "full")
 

@@ -26,6 +26,7 @@ FEW = [
     "model=tiny_llama3 train.global_batch=8 mesh.cp=2 mesh.cp_kind=ulysses",
     "model=tiny_llama3 train.global_batch=16 mesh.tp=2 mesh.cp=2 train.recompute=full",
     "model=tiny_llama3 train.global_batch=8 mesh.tp=2 train.recompute=selective",
+    "model=tiny_llama3 train.global_batch=16 mesh.pp=2 mesh.tp=2 train.recompute=full train.recompute_share=0.5",
     "model=tiny_llama3 train.global_batch=16 mesh.pp=2 mesh.tp=2",
     "model=tiny_llama3 train.global_batch=16 mesh.pp=2 mesh.vpp=2 mesh.schedule=zbv mesh.dp_replicate=2",
     "model=tiny_llama3 train.global_batch=8 model.tied=true mesh.tp=2",
