@@ -24,12 +24,14 @@ MEASURED = "mean_node_W(middle 80% of run)"
 NODES = ("system", "workload", "nodes", MEASURED)
 # Systems without fans; Sustainable Metal Cloud (smc) immerses its servers.
 WET = re.compile(r"immersion|immersed|liquid|water|\bsmc\b|LCC|DLC|SR780a", re.IGNORECASE)
-POWER = {("h100_sxm", False): "hgx", ("h100_sxm", True): "hgx_liquid", ("h200_sxm", False): "hgx", ("h200_sxm", True): "hgx_liquid",
-         ("b200", False): "dgx_b200", ("b200", True): "b200_liquid", ("a100_80", False): "dgx_a100"}  # fmt: skip
+# Option of gpu, and of power for its servers with fans and without.
+POWER = {"h100_sxm": ("hgx", "hgx_liquid"), "h200_sxm": ("hgx", "hgx_liquid"), "h800": ("hgx", "hgx_liquid"), "b200": ("dgx_b200", "b200_liquid"),
+         "b300": ("dgx_b200", "b200_liquid"), "gb200": ("gb200", "gb200"), "gb300": ("gb200", "gb200"), "v100_sxm": ("dgx_v100", "dgx_v100"),
+         "a100_40": ("dgx_a100", "dgx_a100"), "a100_80": ("dgx_a100", "dgx_a100")}  # fmt: skip
 RECTIFIER = 0.975  # of an open rack's power shelf (ORv3); a meter behind it, on the DC side, does not see its loss
 EVERY, HELD_OUT = 384, 173  # sequences of MLPerf's fine-tuning between evaluations, and in one
 PAUSE = 2.0  # s that an evaluation takes beside its passes: 512 H100 of MLPerf 4.0 and 4.1, time to train less samples / (samples/s)
-LAYERS = {"gpt3": 96}
+SPREAD = 0.06  # standard deviation of log(predicted / measured) on MLPerf's eight
 
 
 def nodes_of(frame: pd.DataFrame) -> Replayed:
@@ -39,7 +41,7 @@ def nodes_of(frame: pd.DataFrame) -> Replayed:
     watts, plans = [v[0] for v in values], [v[1] for v in values]
     limits = [plan.cluster.gpus_per_node * plan.gpu.max_power for plan in plans]
     kinds = [str(frame["workload"][index]).split()[0] for index in found]
-    return Replayed(tabled(list(found), watts, [0.06] * len(plans), limits, [plan.gpu.name for plan in plans], kinds), failed)
+    return Replayed(tabled(list(found), watts, [SPREAD] * len(plans), limits, [plan.gpu.name for plan in plans], kinds), failed)
 
 
 def node(row: Mapping[str, Any]) -> tuple[float, Plan]:
@@ -66,9 +68,9 @@ def plan_of(row: Mapping[str, Any]) -> tuple[Plan, bool]:
     said, system = str(row["workload"]), str(row["system"])
     gpu, cluster = part_of({"gpu": system})
     wet = WET.search(f"{system} {row.get('submitter', '')}") is not None
-    power = POWER.get((gpu, wet)) or POWER.get((gpu, False))
-    if power is None:
+    if gpu not in POWER:
         raise Unplayable(f"system={system}: conf/power has no servers of {gpu}")
+    power = POWER[gpu][wet]
     model, adapters = _model(said), "lora" in said.lower()
     size = re.search(r"(\d+) ?x ?(\d+)", system)
     if size is None:
