@@ -25,9 +25,9 @@ NODES = ("system", "workload", "nodes", MEASURED)
 # Systems without fans; Sustainable Metal Cloud (smc) immerses its servers.
 WET = re.compile(r"immersion|immersed|liquid|water|\bsmc\b|LCC|DLC|SR780a", re.IGNORECASE)
 # Option of gpu, and of power for its servers with fans and without.
-POWER = {"h100_sxm": ("hgx", "hgx_liquid"), "h200_sxm": ("hgx", "hgx_liquid"), "h800": ("hgx", "hgx_liquid"), "b200": ("dgx_b200", "b200_liquid"),
-         "b300": ("dgx_b200", "b200_liquid"), "gb200": ("gb200", "gb200"), "gb300": ("gb200", "gb200"), "v100_sxm": ("dgx_v100", "dgx_v100"),
-         "a100_40": ("dgx_a100", "dgx_a100"), "a100_80": ("dgx_a100", "dgx_a100")}  # fmt: skip
+POWER = {"h100_sxm": ("hgx", "hgx_liquid"), "h200_sxm": ("hgx", "hgx_liquid"), "h800": ("hgx", "hgx_liquid"),
+         "b200": ("dgx_b200", "b200_liquid"), "b300": ("dgx_b200", "b200_liquid"), "gb200": ("gb200", "gb200"), "gb300": ("gb200", "gb200"),
+         "v100_sxm": ("dgx_v100", "dgx_v100"), "a100_40": ("dgx_a100", "dgx_a100"), "a100_80": ("dgx_a100", "dgx_a100")}  # fmt: skip
 RECTIFIER = 0.975  # of an open rack's power shelf (ORv3); a meter behind it, on the DC side, does not see its loss
 EVERY, HELD_OUT = 384, 173  # sequences of MLPerf's fine-tuning between evaluations, and in one
 PAUSE = 2.0  # s that an evaluation takes beside its passes: 512 H100 of MLPerf 4.0 and 4.1, time to train less samples / (samples/s)
