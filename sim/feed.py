@@ -1,112 +1,21 @@
-"""The feed: where the grid gives less, or is dirty, the run's own clock goes slower or stands still.
+"""The feed: when the grid gives less, or is dirty, and what the run does about it: slow down, run smaller, stand still, start later.
 
-A watermill: the miller counts turns of the wheel, the village counts hours. A life is simulated in turns and told in hours.
-Since the feed depends on the hours alone, the same plan has the same feed in every life, and the same faults strike
-after the same turns.
+It depends on the hours alone, so that the same plan has the same feed in every life, and the same faults strike after the
+same work (`clocks.py` tells the two apart).
 """
 
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 from conf.arithmetic import state_bytes
 from conf.errors import Refused
-from conf.hourly import hour_of
 from conf.plan import Limit, Plan
 from conf.rules import problems
 from conf.units import show
+from sim.clocks import Feed, Stretch
 from sim.grid import HOUR, Shift, full_hour, shifted
 from sim.kernels import Rates, rates
-from sim.power import Meter, Spell
+from sim.power import Meter
 from sim.pretrain import Pace, pace
-from sim.timeline import Timeline
-
-
-class Stretch(NamedTuple):
-    """A stretch of the wall's clock in which the run's goes at `speed`, under a meter of its own; or stands still in `state`."""
-
-    start: float
-    stop: float
-    speed: float
-    state: str = ""
-    meter: Meter | None = None
-    mix: Mapping[str, float] | None = None  # of a step meanwhile
-    share: float = 1.0  # of the ranks at work; the others idle
-
-    def mixed(self, mix: Mapping[str, float], step: Mapping[str, float]) -> Mapping[str, float]:
-        """What a mix of states becomes."""
-        mix = self.mix if self.mix and mix == step else mix
-        return mix if self.share == 1 else {state: part * self.share for state, part in mix.items()} | {"idle": 1 - self.share}
-
-
-@dataclass(frozen=True)
-class Feed:
-    """Stretches in order; between them the two clocks go together."""
-
-    stretches: Sequence[Stretch] = ()
-    delay: float = 0.0  # of the start, for a cleaner grid [s]
-    saved: float = 0.0  # share of the location-based carbon that waiting was expected to save
-
-    def turns(self, wall: float) -> float:
-        """Time on the run's clock."""
-        return wall - sum((1 - s.speed) * max(0.0, min(wall, s.stop) - s.start) for s in self.stretches)
-
-    def budgeted(self, plan: Plan) -> Plan:
-        """The plan with train.stop_after, hours of the wall, in turns; hours that the run chose to pause do not count."""
-        if plan.train.stop_after is None or not self.stretches or plan.grid.shift == "pause":
-            return plan
-        return plan.but(**{"train.stop_after": self.turns(plan.train.stop_after)})
-
-    def start(self, plan: Plan) -> str:
-        """The date and hour at which the run starts."""
-        return (hour_of(plan.start) + timedelta(seconds=self.delay)).isoformat() if self.delay else plan.start
-
-    def spells(self) -> list[Spell]:
-        return [Spell(s.start, s.stop, s.meter) for s in self.stretches if s.meter]
-
-    def told(self, lived: Timeline, step: Pace) -> Timeline:
-        """The same life by the wall's clock: what fell into a slow stretch takes longer, and pauses stand between."""
-        if not self.stretches:
-            return lived
-        wall, rest = Timeline(lived.ranks), list(self.stretches)
-        turns, hours = [0.0], [0.0]
-        for stage, start, stop, mix, number in lived.segments:
-            left = stop - start
-            while left > 0:
-                while rest and rest[0].stop <= wall.until:
-                    rest.pop(0)
-                now, here = wall.until, rest[0] if rest and rest[0].start <= wall.until else None
-                if here and here.state:
-                    wall.spend(stage, {here.state: 1.0}, now, here.stop, number)
-                else:
-                    speed, until = (here.speed, here.stop) if here else (1.0, rest[0].start if rest else float("inf"))
-                    slow = here.mixed(mix, step.mix) if here else mix
-                    whole = left <= (until - now) * speed
-                    wall.spend(stage, slow, now, now + left / speed if whole else until, number)
-                    left = 0.0 if whole else left - (until - now) * speed
-                turns.append(stop - left)
-                hours.append(wall.until)
-
-        def at(turn: float) -> float:
-            place = min(bisect_left(turns, turn), len(turns) - 1)
-            if turns[place] == turn or not place:
-                return hours[place]
-            share = (turn - turns[place - 1]) / (turns[place] - turns[place - 1])
-            return hours[place - 1] + share * (hours[place] - hours[place - 1])
-
-        wall.happenings = [h._replace(at=at(h.at)) for h in lived.happenings]
-        wall.bars = [bar._replace(start=at(bar.start), stop=at(bar.stop)) for bar in lived.bars]
-        for here in self.stretches:
-            if here.state == "paused" and here.start < wall.until:
-                wall.event(here.start, "run", "pause", until=here.stop)
-            if here.meter and here.start < wall.until:
-                wall.event(here.start, "run", "cap", until=here.stop, device=here.meter.plan.power.cap)
-            if here.share < 1 and here.start < wall.until:
-                wall.event(here.start, "run", "shrink", until=here.stop, ranks=round(here.share * lived.ranks))
-        wall.happenings.sort(key=lambda h: h.at)
-        return wall
 
 
 def feed_of(plan: Plan, step: Pace, meter: Meter, speed: Rates | None = None) -> Feed:

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from conf.plan import Plan
+from sim.clocks import Feed
 from sim.cluster import Course, World
 from sim.dedup import dedup, unique
 from sim.extract import corpus, extract
 from sim.failures import faults
-from sim.feed import Feed, feed_of
+from sim.feed import feed_of
 from sim.kernels import Rates, rates
 from sim.power import Footprint, Meter, footprint
 from sim.pretrain import Pace, Pretraining, pace

@@ -13,8 +13,8 @@ ARROWS = {"conf": set(), "sim": {"conf"}, "real": {"conf"}, "analysis": {"conf",
 HOMES = {"simpy": {"sim"}, "torch": {"real"}, "matplotlib": {"analysis"}, "hydra": {"conf"}, "omegaconf": {"conf"}}
 # Modules without a twin; ARCHITECTURE.md says why for each.
 ALONE = {
-    "sim": {"failures", "story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "feed", "grid",
-            "load", "money"},
+    "sim": {"failures", "story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows",
+            "feed", "clocks", "grid", "load", "money"},
     "real": {
         "attention", "bigram", "collectives", "data", "dry", "fp8", "huggingface", "initial", "layers", "loss", "measure", "model", "moe",
         "muon", "optim", "pipeline", "progress", "slurm", "stage", "trainer",

@@ -84,7 +84,8 @@ def test_phases_of_the_step_decide_the_draw() -> None:
     for words in (["experiment=llama3_405b"], ["experiment=gpt3_175b"], ["experiment=deepseek_v3"], []):
         step = pace(load(words))
         assert 0 < step.arithmetic <= 1 and 0 <= step.stalled < 1 and step.arithmetic + step.stalled <= 1 + 1e-9
-    wide, narrow = (pace(load(["experiment=llama3_8b", f"train.seq_len={s}", "train.steps=9", "train.warmup=1"])) for s in (8192, 256))
+    few = ["train.warmup=1", "checkpoint.every=0"]
+    wide, narrow = (pace(load(["experiment=llama3_8b", f"train.seq_len={s}", "train.steps=9", *few])) for s in (8192, 256))
     assert narrow.stalled > 0.1 and wide.stalled < 0.01  # blocks of few tokens wait for the host
 
 
@@ -101,7 +102,7 @@ def test_a_limit_is_kept_and_costs_what_the_cap_costs(llama: Plan) -> None:
     assert 0.7 < stretch.speed < 1 and max(inside) <= 14e6 < max(watts)
     lost = (1 - stretch.speed) * 12 * HOUR  # of steps, but for those that faults take anyway
     assert (free.steps - life.steps) * life.pace.stride == pytest.approx(lost, rel=0.6)
-    assert told(life)["run.wall_clock"] == pytest.approx(54 * 86400, rel=1e-5)
+    assert told(life)["run.wall_clock"] == pytest.approx(54 * 86400, rel=1e-4)
     loose = limited(llama, evening=Limit(start=0.0, length=HOUR, most=30e6))
     assert feed_of(loose, life.pace, life.meter).stretches == []
 
