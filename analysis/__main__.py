@@ -11,6 +11,8 @@ ACTIONS = {
     "calibrate": "fit the rates of a machine to what was measured on it",
     "experiments": "predict the published runs, beside what was published",
     "published": "predict a table of published measurements, and tell the errors",
+    "caps": "fit the law of power caps to measured curves of throughput under caps",
+    "check": "tell whether a claim of energy and carbon multiplies",
     "fit": "fit the physical parameters of GPU families to tables of published measurements",
     "reliability": "published failures and effective times, beside what other sources say of them",
     "sweep": "draw the points of a sweep",

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from analysis.pair import Pair, Side, open_pair, unit_of
 from conf.arithmetic import parameters
+from conf.hourly import dated
 from conf.plan import Plan
 from conf.program import flag
 from conf.record import QUANTITIES, STATES
@@ -192,6 +193,7 @@ def as_text(pair: Pair) -> str:
     head = [f"{pair.id}  {sentence(pair.plan)}", f"predicted {when(pair.sim)}   measured {when(pair.real)}"]
     told = [("quantity", "predicted", "10–90%", "measured", "ratio")]
     told += [(r.name, show(r.predicted, r.unit), r.band, show(r.measured, r.unit), show_ratio(r.ratio)) for r in quantities(pair)]
+    head += [", ".join(f"{name} {said}" for name, said in dated(pair.plan).items())] if pair.sim else []
     parts = [*head, "", *columns(told), ""]
     if states(pair):
         parts += [*columns(_spent(pair)), ""]

@@ -1,11 +1,13 @@
 """Which figures a pair of records allows: a figure without data is left out."""
 
+import csv
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from analysis import plot
 from analysis.compare import STAGES
 from analysis.pair import Pair, Side
+from conf.hourly import dated
 from conf.plan import Plan
 from conf.units import show
 
@@ -22,7 +24,7 @@ class Shown(NamedTuple):
 
 
 def figures(pair: Pair) -> list[Shown]:
-    makers = (_loss, _step_time, _timeline, _power, _time, _money, _carbon)
+    makers = (_loss, _step_time, _timeline, _power, _grid, _time, _money, _carbon)
     return [shown for make in makers if (shown := make(pair))]
 
 
@@ -102,6 +104,20 @@ def _power(pair: Pair) -> Shown | None:
         return None
     who = "Predicted and measured" if predicted and measured else "Predicted" if predicted else "Measured"
     return Shown("How much power it draws", f"{who} power at the building's meter.", plot.power(predicted, measured))
+
+
+def _grid(pair: Pair) -> Shown | None:
+    path = pair.sim.folder / "power.csv" if pair.sim else None
+    if path is None or not path.is_file():
+        return None
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    points = [(float(row["at"]), float(row["intensity"])) for row in rows]
+    if len({grams for _, grams in points}) < 2:
+        return None
+    energies = [float(row["power"]) * (after - at) for row, (at, _), (after, _) in zip(rows, points, points[1:], strict=False)]
+    mean = sum(energy * grams for energy, (_, grams) in zip(energies, points, strict=False)) / sum(energies)
+    caption = f"Hourly intensity of the grid, {dated(pair.plan)['grid']}; a joule of this run emits as much as {mean:.3g} gCO2e/kWh."
+    return Shown("How dirty the grid is", caption, plot.intensity(points, mean))
 
 
 def _over_time(side: Side, quantity: str) -> list[tuple[float, float]]:

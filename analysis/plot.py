@@ -178,6 +178,20 @@ def power(predicted: Points, measured: Points) -> str:
     return _svg("power", draw, 2.6)
 
 
+def intensity(points: Points, mean: float) -> str:
+    """The grid's hours over the time of the run, and their mean by the energy drawn in them [gCO2e/kWh]."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(*_xy(_thin(points)), color=OTHER, linewidth=1.2, label="grid", drawstyle="steps-post")
+        axes.axhline(mean, color=_INK, alpha=0.7, linewidth=1, linestyle="--", label="mean of the run's energy")
+        axes.set_ylim(0, 1.2 * max(grams for _, grams in points))
+        axes.set_ylabel("gCO2e/kWh")
+        _amounts(axes.xaxis, max(at for at, _ in points), "s")
+        _legend(axes)
+
+    return _svg("intensity", draw, 2.6)
+
+
 def _on(colour: str) -> str:
     """Black or white, whichever is easier to read on a colour."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))

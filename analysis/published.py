@@ -1,7 +1,7 @@
 """Published measurements predicted row by row with the calibration that ships in conf, and the errors told by group.
 
 Tables are recognised by their columns: training steps (with peak memory where it was measured), efficiencies of kernels,
-times of collectives. A row that cannot be predicted is told with its reason.
+times of collectives, power of servers, energy and carbon of trainings. A row that cannot be predicted is told with its reason.
 """
 
 import json
@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import replay
+from analysis import claims, nodes, replay
 from analysis.compare import columns as aligned
 from conf.errors import Refused
 from conf.files import commit, write
 from conf.program import flag
 
 OPTIONS = {
-    "table": ("step_time", "CSV file of measured rows, or the name of one that ships: step_time"),
+    "table": ("step_time", "CSV file of measured rows, or the name of one that ships: step_time, node_power, energy"),
     "out": ("", "CSV file to write: id, published, predicted, error"),
     "figure": ("", "PNG file to write: predicted against published"),
     "json": ("false", "print one JSON object instead of a table"),
@@ -36,12 +36,15 @@ class Kind(NamedTuple):
     columns: tuple[str, ...]
     measured: str
     predict: Callable[[pd.DataFrame], replay.Replayed]
+    lines: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # where a row holds several measured quantities
 
 
 KINDS = {
     "step_time": Kind(replay.STEPS, "step_time_s", replay.steps_of),
     "kernel_efficiency": Kind(replay.KERNELS, "efficiency", replay.kernels_of),
     "collectives": Kind(replay.COLLECTIVES, "time_us", replay.collectives_of),
+    "node_power": Kind(nodes.NODES, nodes.MEASURED, nodes.nodes_of),
+    "energy": Kind(claims.ENERGY, "printed", claims.claims_of, claims.long),
 }
 
 
@@ -52,8 +55,12 @@ def published(options: Mapping[str, str]) -> int:
     """
     frame = read(place(options["table"]))
     name = recognise(frame, options["table"])
-    rows, failed, memory = replayed(frame, KINDS[name])
+    kind = KINDS[name]
+    lines = kind.lines(frame) if kind.lines else frame
+    rows, failed, memory = replayed(lines, kind)
     told = {"table": name, "rows": len(frame), **scores(rows)}
+    if kind.lines:
+        told["predicted"] = lines["row"][rows.index].nunique()
     told["groups"] = {str(group): scores(part) for group, part in rows.groupby("group", sort=True)}
     told["by_kind"] = {str(kind): scores(part) for kind, part in rows.groupby("kind", sort=True)}
     if memory is not None:
@@ -62,7 +69,7 @@ def published(options: Mapping[str, str]) -> int:
     if options["out"]:
         write(Path(options["out"]), rows[["id", "published", "predicted", "error"]].to_csv(index=False))
     if options["figure"]:
-        draw(rows, KINDS[name].measured, Path(options["figure"]))
+        draw(rows, kind.measured, Path(options["figure"]))
     print(json.dumps(told) if flag(options, "json") else page(told))
     return 0
 
@@ -92,7 +99,7 @@ def read(path: Path) -> pd.DataFrame:
     numbers = pd.Series([str(number) for number in range(1, len(frame) + 1)], index=frame.index)
     frame["id"] = frame["id"].astype("string").fillna(numbers) if "id" in frame else numbers
     if "group" not in frame:
-        frame["group"] = frame.get("gpu", "all")
+        frame["group"] = frame.get("gpu", frame.get("submitter", "all"))
     frame["group"] = frame["group"].astype("string").fillna("unnamed")
     return frame
 

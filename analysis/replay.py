@@ -81,14 +81,14 @@ def steps_of(frame: pd.DataFrame) -> Replayed:
     """
     settled, frozen, index, failed = _played(frame)
     if not settled:
-        return Replayed(_table([], [], [], [], [], []), failed)
+        return Replayed(tabled([], [], [], [], [], []), failed)
     p, network = arrays(settled, frozen)
     told = predict(p, network.device, network)
     again = 1 + np.where(p.recompute, 1 / 3, 0.0)  # one constant utilisation of what the hardware computes
     ideal = p.tokens_per_step * flops_per_token(p, p.seq_len) * again * np.where(p.frozen, 2 / 3, 1.0) / (p.peak * p.ranks)
     classes = [f"{plan.gpu.name} {plan.train.precision}" for plan in settled]
     kinds = ["moe" if plan.model.moe.experts else "dense" for plan in settled]
-    rows = _table(index, told.step_time, told.error, ideal, classes, kinds)
+    rows = tabled(index, told.step_time, told.error, ideal, classes, kinds)
     return Replayed(rows.assign(memory=told.memory), failed)
 
 
@@ -105,7 +105,7 @@ def arrays(plans: list[Plan], frozen: Any) -> tuple[Any, Network]:
 
 
 def _played(frame: pd.DataFrame) -> tuple[list[Plan], Any, list[Any], dict[Any, str]]:
-    plans, failed = _each(frame, plan_of)
+    plans, failed = each(frame, plan_of)
     unsaid = [not _word(frame.loc[index], "recompute") for index in plans]
     frozen = [str(frame["method"][index]).lower() == "lora" if "method" in frame else False for index in plans]
     return _least(list(plans.values()), np.array(unsaid), np.array(frozen)), np.array(frozen), list(plans), failed
@@ -113,7 +113,7 @@ def _played(frame: pd.DataFrame) -> tuple[list[Plan], Any, list[Any], dict[Any, 
 
 def kernel_plan(row: Mapping[str, Any]) -> Plan:
     """A plan on the row's device."""
-    return _base(*_part(row)).but(**{"train.precision": "bf16", "train.compile": True})
+    return _base(*part_of(row)).but(**{"train.precision": "bf16", "train.compile": True})
 
 
 def _least(plans: list[Plan], unsaid: Any, frozen: Any) -> list[Plan]:
@@ -145,9 +145,9 @@ def kernels_of(frame: pd.DataFrame) -> Replayed:
         seconds = float(Device([rates(plan)]).seconds(work)[0])
         return flops / seconds / (float(row["peak_tflops"]) * 1e12), plan.gpu.error, plan.gpu.name, str(row["op"])
 
-    found, failed = _each(frame, efficiency)
+    found, failed = each(frame, efficiency)
     values = list(found.values())
-    return Replayed(_table(list(found), [v[0] for v in values], [v[1] for v in values], [1.0] * len(values), [v[2] for v in values],
+    return Replayed(tabled(list(found), [v[0] for v in values], [v[1] for v in values], [1.0] * len(values), [v[2] for v in values],
                            [v[3] for v in values]), failed)  # fmt: skip
 
 
@@ -183,16 +183,16 @@ def collectives_of(frame: pd.DataFrame) -> Replayed:
             raise Unplayable(f"op={op} is not all_reduce, all_gather or reduce_scatter")
         if ranks % nodes:
             raise Unplayable(f"ranks={ranks} do not divide by nodes={nodes}")
-        base = _base(*_part(row))
+        base = _base(*part_of(row))
         plan = base.but(cluster=base.cluster.but(nodes=nodes, gpus_per_node=ranks // nodes), mesh=base.mesh.but(dp_shard=ranks))
         network = Network([plan], Device([rates(plan)]))
         seconds = float(network.collective(op, "dp_shard", np.array([float(_count(row, "bytes"))]))[0])
         return seconds * 1e6, plan.gpu.error, plan.gpu.name, op
 
-    found, failed = _each(frame, time)
+    found, failed = each(frame, time)
     values, sizes = list(found.values()), [float(frame["bytes"][index]) for index in found]
     classes = [f"{v[2]} {frame['nodes'][index]}" for index, v in found.items()]
-    return Replayed(_table(list(found), [v[0] for v in values], [v[1] for v in values], sizes, classes, [v[3] for v in values]), failed)
+    return Replayed(tabled(list(found), [v[0] for v in values], [v[1] for v in values], sizes, classes, [v[3] for v in values]), failed)
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
 
-def _each(frame: pd.DataFrame, of: Callable[[Mapping[str, Any]], Any]) -> tuple[dict[Any, Any], dict[Any, str]]:
+def each(frame: pd.DataFrame, of: Callable[[Mapping[str, Any]], Any]) -> tuple[dict[Any, Any], dict[Any, str]]:
     found, failed = {}, {}
     for index, row in zip(frame.index, records(frame), strict=True):
         try:
@@ -210,7 +210,7 @@ def _each(frame: pd.DataFrame, of: Callable[[Mapping[str, Any]], Any]) -> tuple[
     return found, failed
 
 
-def _table(index: Any, predicted: Any, spread: Any, ideal: Any, classes: Any, kinds: Any) -> pd.DataFrame:
+def tabled(index: Any, predicted: Any, spread: Any, ideal: Any, classes: Any, kinds: Any) -> pd.DataFrame:
     return pd.DataFrame({"predicted": predicted, "spread": spread, "ideal": ideal, "class": classes, "kind": kinds}, index=index)
 
 
@@ -255,7 +255,7 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
 
     Raises Unplayable with what is wrong in it.
     """
-    part = _part(row)
+    part = part_of(row)
     sizes = {name: _count(row, name) for name in ("num_gpus", "global_batch_seqs", "seq_len")}
     sizes |= {name: _count(row, name, 1) for name in ("tp", "cp", "pp", "vpp", "micro_batch")}  # blank: not told, the least
     if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
@@ -347,7 +347,7 @@ def _further(row: Mapping[str, Any], name: str) -> int:
     return int(re.search("deepseek-?v3", name, re.IGNORECASE) is not None and software(_word(row, "release")).tokens)
 
 
-def _part(row: Mapping[str, Any]) -> tuple[str, str]:
+def part_of(row: Mapping[str, Any]) -> tuple[str, str]:
     """The options of gpu and cluster for a row."""
     for pattern, gpu, cluster in PARTS:
         if re.search(pattern, str(row["gpu"]), re.IGNORECASE):

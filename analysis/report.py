@@ -9,6 +9,7 @@ from analysis.figures import figures
 from analysis.page import Html, document, join, key, table, tag
 from analysis.pair import Pair, open_pair
 from conf.files import write
+from conf.hourly import dated
 from conf.node import Node
 from conf.plan import Plan
 from conf.profile import read_profile
@@ -121,7 +122,9 @@ def _assumptions(pair: Pair) -> Iterator[Html]:
     sources = {name: getattr(getattr(pair.plan, name), "source", None) for name in groups()}
     yield tag("h2", "What the plan assumes")
     yield tag(
-        "p", f"Prices are of {pair.plan.price.as_of}. Each group of the plan says where its numbers come from, or that they are guesses:"
+        "p",
+        f"Prices are of {pair.plan.price.as_of}, the grid's intensity of {dated(pair.plan)['grid']}. Each group of the plan says where its "
+        "numbers come from, or that they are guesses:",
     )
     yield table(("Group", "Source"), [(name, source) for name, source in sources.items() if source], "text")
     yield from _calibration(pair)

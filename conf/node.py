@@ -93,8 +93,8 @@ def build(kind: type[Node], values: Any, at: str, problems: list[str]) -> Any:
     for name in values.keys() - known.keys():
         problems.append(f"{at}.{name}={values[name]!r} is not a key of {at or 'the plan'}; {nearest(str(name), known)}".lstrip("."))
     for name, annotation in known.items():
-        key = f"{at}.{name}".lstrip(".")
-        given, default = name in values and values[name] != MISSING, kind.__dataclass_fields__[name].default
+        key, declared = f"{at}.{name}".lstrip("."), kind.__dataclass_fields__[name]
+        given, default = name in values and values[name] != MISSING, {} if declared.default_factory is dict else declared.default
         if not given and isinstance(annotation, type) and issubclass(annotation, Node):
             result[name] = build(annotation, {}, key, problems)
         elif not given and default not in (MISSING, dataclasses.MISSING):

@@ -16,6 +16,9 @@ from conf.units import (
     BitRate,
     ByteRate,
     Bytes,
+    DollarsPerByte,
+    DollarsPerByteTime,
+    DollarsPerEnergy,
     DollarsPerHour,
     FlopRate,
     Intensity,
@@ -72,8 +75,8 @@ class Gpu(Node):
     host_error: float = say("what is added to either, in squares, where blocks wait for the host", 0.2, must=NOT_NEGATIVE)
     idle_power: Watts = say("power of the idle device", must=NOT_NEGATIVE)
     max_power: Watts = say("power limit of the device")
-    cap_static: float = say("power that does no arithmetic, as a share of the limit: what a lower cap cannot take away", 0.13, must=SHARE)
-    cap_exponent: float = say("power of arithmetic grows with its rate to this exponent", 1.71, must=POSITIVE)
+    cap_static: float = say("power that does no arithmetic, as a share of the limit: what a lower cap cannot take away", 0.32, must=SHARE)
+    cap_exponent: float = say("power of arithmetic grows with its rate to this exponent", 3.2, must=POSITIVE)
     source: str = say("where the numbers come from")
 
     def peak(self, precision: str) -> float | None:
@@ -375,16 +378,39 @@ class Failures(Node):
 
 
 @dataclass(kw_only=True)
+class Limit(Node):
+    """A stretch of time in which the grid gives less: demand response, or a feed that is not ready yet."""
+
+    start: Seconds = say("when it begins, after the start of the run", must=NOT_NEGATIVE)
+    length: Seconds = say("how long it lasts", must=POSITIVE)
+    most: Watts = say("most power at the building's meter meanwhile", must=POSITIVE)
+    answer: str = say("cap (limit every device), shrink (fewer data-parallel groups, the others idle) or pause (save, stop, start again)",
+                      "cap", must=("cap", "shrink", "pause"))  # fmt: skip
+
+
+@dataclass(kw_only=True)
 class Power(Node):
     """Draw of a device in each state as a share of the way from idle to its limit, and what surrounds it."""
 
-    compute: float = say("share while computing", must=SHARE)
+    compute: float = say("share in matrix products and attention; above 1 where they would draw more than the limit", must=NOT_NEGATIVE)
+    memory: float = say("share in kernels that only move tensors, and in the optimizer", 0.6, must=SHARE)
     communication: float = say("share while waiting for a collective (NCCL spins)", must=SHARE)
-    bubble: float = say("share in a pipeline bubble", must=SHARE)
-    other: float = say("share in every other state", must=SHARE)
+    bubble: float = say("share in a pipeline bubble, and while kernels wait for the host", must=SHARE)
+    hang: float = say("share until a fault is noticed: ranks spin in a collective that never ends", 0.4, must=SHARE)
+    other: float = say("share in every other state in which ranks live", must=SHARE)
     cap: Optional[Watts] = say("power limit set on every device, which slows its arithmetic; null = the device's own", None, must=POSITIVE)
-    host: Watts = say("power of a server without its devices", must=NOT_NEGATIVE)
-    pue: float = say("power usage effectiveness of the building")
+    host: Watts = say("power of a loaded server without its devices: CPUs, memory, NICs, switches of its fast link, fans, power supplies",
+                      must=NOT_NEGATIVE)  # fmt: skip
+    host_idle: Optional[Watts] = say("the same of an idle server, between them in proportion to the devices' draw; null = host", None,
+                                     must=NOT_NEGATIVE)  # fmt: skip
+    network: Watts = say("power of the switches between servers, for each server", "0 W", must=NOT_NEGATIVE)
+    storage: Watts = say("power of the storage that serves the run", "0 W", must=NOT_NEGATIVE)
+    pue: float = say("power usage effectiveness of the building; with pue_fixed its part that follows the load")
+    pue_fixed: float = say("overhead that does not follow the load, as a share of the loaded servers' power: PUE = pue + pue_fixed / load",
+                           0.0, must=NOT_NEGATIVE)  # fmt: skip
+    water_site: Litres = say("water that cooling evaporates, per energy of the servers, where grid.water is of generation alone", "0 L/kWh",
+                             must=NOT_NEGATIVE)  # fmt: skip
+    limits: dict[str, Limit] = say("grid limits and demand response, by name", dict)
     source: str = say("where the numbers come from")
 
 
@@ -392,26 +418,60 @@ class Power(Node):
 class Grid(Node):
     name: str = say("region")
     year: int = say("year of the intensity")
-    intensity: Intensity = say("yearly mean, location-based")
-    market: Optional[Intensity] = say("market-based intensity after contracts; null = as location")
+    intensity: Intensity = say("yearly mean, location-based", must=NOT_NEGATIVE)
+    market: Optional[Intensity] = say("market-based intensity after contracts; null = as location", must=NOT_NEGATIVE)
     profile: Optional[list[list[float]]] = say("12 months × 24 hours (UTC) relative to the yearly mean; null = flat")
-    water: Litres = say("water per energy used, site and generation")
+    hourly: Optional[str] = say("CSV file of hourly intensities [gCO2e/kWh] of the year, in UTC, instead of mean and profile", None)
+    region: Optional[str] = say("column of that file; null where it has one", None)
+    fill: bool = say("whether hours that the file lacks are interpolated, instead of refused", False)
+    deadline: Optional[str] = say("date and hour (UTC) by which the run must have ended; null = none", None)
+    shift: str = say("what the time left until then is for: none, start (begin in the cleanest window) or pause (in the dirtiest hours)",
+                     "none", must=("none", "start", "pause"))  # fmt: skip
+    water: Litres = say("water per energy used: of generation, and of the site unless power.water_site says it", must=NOT_NEGATIVE)
     source: str = say("where the numbers come from")
 
 
 @dataclass(kw_only=True)
 class Offer(Node):
-    low: DollarsPerHour = say("cheapest price of a device-hour")
-    mid: DollarsPerHour = say("price of a device-hour used for the cost")
-    high: DollarsPerHour = say("dearest price of a device-hour")
+    low: DollarsPerHour = say("cheapest price of a device-hour", must=NOT_NEGATIVE)
+    mid: DollarsPerHour = say("price of a device-hour used for the cost", must=NOT_NEGATIVE)
+    high: DollarsPerHour = say("dearest price of a device-hour", must=NOT_NEGATIVE)
+
+
+@dataclass(kw_only=True)
+class StoragePrice(Node):
+    low: DollarsPerByteTime = say("cheapest price of stored data", "0 USD/GB/month", must=NOT_NEGATIVE)
+    mid: DollarsPerByteTime = say("price of stored data used for the cost", "0 USD/GB/month", must=NOT_NEGATIVE)
+    high: DollarsPerByteTime = say("dearest price of stored data", "0 USD/GB/month", must=NOT_NEGATIVE)
+
+
+@dataclass(kw_only=True)
+class EgressPrice(Node):
+    low: DollarsPerByte = say("cheapest price of data taken out", "0 USD/GB", must=NOT_NEGATIVE)
+    mid: DollarsPerByte = say("price of data taken out used for the cost", "0 USD/GB", must=NOT_NEGATIVE)
+    high: DollarsPerByte = say("dearest price of data taken out", "0 USD/GB", must=NOT_NEGATIVE)
+
+
+@dataclass(kw_only=True)
+class Tariff(Node):
+    low: DollarsPerEnergy = say("cheapest electricity", "0.06 USD/kWh", must=NOT_NEGATIVE)
+    mid: DollarsPerEnergy = say("electricity used for the cost", "0.08 USD/kWh", must=NOT_NEGATIVE)
+    high: DollarsPerEnergy = say("dearest electricity", "0.25 USD/kWh", must=NOT_NEGATIVE)
 
 
 @dataclass(kw_only=True)
 class Price(Node):
     as_of: str = say("date of the prices")
     gpu_hours: dict[str, Offer] = say("price of an hour of each device")
+    storage: StoragePrice = say("price of data kept: the checkpoints that are kept at once, and the corpus", StoragePrice)
+    egress: EgressPrice = say("price of data taken out of the cluster", EgressPrice)
+    taken: Bytes = say("data taken out in the end, such as the model", "0 B", must=NOT_NEGATIVE)
+    owned: bool = say("whether devices are owned, and paid by wear and electricity, instead of rented by the hour", False)
+    capex: dict[str, float] = say("price to buy each device with its share of server, network and building [USD]", dict)
+    tariff: Tariff = say("price of electricity, where devices are owned", Tariff)
+    hours: Optional[list[float]] = say("24 hours (UTC) of the tariff relative to its mean; null = flat", None)
     embodied: dict[str, float] = say("embodied carbon of each device with its share of the server [kgCO2e]")
-    lifetime: Seconds = say("service life over which embodied carbon is spread", must=POSITIVE)
+    lifetime: Seconds = say("service life over which embodied carbon and capex are spread", must=POSITIVE)
     source: str = say("where the numbers come from")
 
 
@@ -520,6 +580,7 @@ class Plan(Node):
         values = dataclasses.asdict(self)
         del values["published"]
         values["profile"] = digest(Path(self.profile)) if self.profile else None
+        values["grid"]["hourly"] = digest(Path(self.grid.hourly)) if self.grid.hourly else None
         text = json.dumps(values, sort_keys=True)
         return "p" + hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
 

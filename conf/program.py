@@ -7,6 +7,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from textwrap import shorten, wrap
 from typing import Any
@@ -15,7 +16,8 @@ from conf.errors import Refused, nearest
 from conf.node import build, build_value, plain
 from conf.plan import Plan
 from conf.rules import problems as broken_rules
-from conf.schema import choices, defaults, groups, keys, rows
+from conf.schema import choices, default_of, defaults, groups, keys, rows
+from conf.units import unit_of
 
 HERE = Path(__file__).parent
 VERBS = {
@@ -203,7 +205,7 @@ def _compose(overrides: Sequence[str]) -> Any:
     safe = [_quoted(arg) for arg in overrides]
     store = ConfigStore.instance()
     with initialize_config_module("conf", version_base="1.3"):
-        for schema, words in ((Plan, safe), ({}, [_forced(arg) for arg in safe])):
+        for schema, words in ((_typed(), safe), ({}, [_forced(arg) for arg in safe])):
             store.store(name="schema", node=schema)
             try:
                 config = compose("plan", words)
@@ -213,10 +215,26 @@ def _compose(overrides: Sequence[str]) -> Any:
     raise Refused(" ".join(str(trouble).split("\n")[0].split()))
 
 
+@cache
+def _typed() -> Any:
+    """The schema with defaults as they are written: a nested node has turned its own from "0 W" into a float already."""
+    from omegaconf import MISSING, OmegaConf
+
+    schema = OmegaConf.structured(Plan)
+    for name, (annotation, _, _) in keys().items():
+        if unit_of(annotation) and isinstance(text := default_of(Plan, name), str) and text != MISSING:
+            OmegaConf.update(schema, name, text)
+    return schema
+
+
+_PATHS = ("data.path", "profile", "grid.hourly")
+
+
 def _quoted(arg: str) -> str:
     """Paths may hold commas, blanks and equals signs, which Hydra's grammar would read as its own."""
     name, equals, value = arg.partition("=")
-    if name.lstrip("+") in ("data.path", "profile") and equals and value not in ("null", "python") and value[:1] not in "'\"":
+    plain = name.lstrip("+") in _PATHS and value not in ("null", "python")
+    if equals and plain and value[:1] not in "'\"":
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"{name}='{escaped}'"
     return arg

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterator
-from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from conf.duration import Duration
 from conf.errors import nearest
+from conf.hourly import hour_of, hours_of
 from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, leaves
 from conf.plan import SCHEDULES, Plan
 from conf.record import QUANTITIES, read_fact
@@ -210,16 +211,63 @@ def _world(plan: Plan) -> Iterator[str]:
         yield f"power.cap={show(cap, 'W')} must lie {bounds}"
     if plan.power.pue < 1:
         yield f"power.pue={plan.power.pue} must be at least 1: a building uses what its servers use"
-    profile = plan.grid.profile
-    if profile is not None and (len(profile) != 12 or any(len(month) != 24 for month in profile)):
-        yield "grid.profile must hold 12 months of 24 hours; give 12 rows of 24 values, or null"
-    for key in ("start", "price.as_of"):
-        try:
-            datetime.fromisoformat(str(get(plan, key)))
-        except ValueError:
-            yield f"{key}={get(plan, key)} is not a date; write for example {key}=2026-01-31"
+    yield from _limits(plan)
+    yield from _grid(plan)
+    yield from _prices(plan)
     if plan.profile is not None and not Path(plan.profile).is_file():
         yield f"profile={plan.profile} is no file; make one with: foretold real only=kernels,network && foretold analysis calibrate"
+
+
+def _limits(plan: Plan) -> Iterator[str]:
+    power = plan.power
+    if power.host_idle is not None and power.host_idle > power.host:
+        yield f"power.host_idle={show(power.host_idle, 'W')} exceeds power.host={show(power.host, 'W')}, that of a loaded server; lower it"
+    ordered = sorted(power.limits.items(), key=lambda item: item[1].start)
+    for (name, one), (after, other) in pairwise(ordered):
+        if one.start + one.length > other.start:
+            yield f"power.limits.{after} begins before power.limits.{name} has ended; set power.limits.{after}.start later, or join them"
+    if power.limits and plan.grid.shift == "pause":
+        yield "power.limits and grid.shift=pause would both stop the run; set grid.shift=none or start, or power.limits={}"
+
+
+def _grid(plan: Plan) -> Iterator[str]:
+    grid = plan.grid
+    profile = grid.profile
+    if profile is not None and (len(profile) != 12 or any(len(month) != 24 for month in profile)):
+        yield "grid.profile must hold 12 months of 24 hours; give 12 rows of 24 values, or null"
+    if grid.hourly is not None:
+        try:
+            hours_of(grid)
+        except ValueError as error:
+            yield str(error)
+    dates = [key for key in ("start", "price.as_of", "grid.deadline") if get(plan, key) is not None]
+    strange = [key for key in dates if not _is_date(str(get(plan, key)))]
+    yield from (f"{key}={get(plan, key)} is not a date; write for example {key}=2026-01-31" for key in strange)
+    if grid.shift != "none" and grid.deadline is None:
+        yield f"grid.shift={grid.shift} needs to know until when; set grid.deadline=…, a date after start={plan.start}, or grid.shift=none"
+    if grid.deadline is not None and not strange and hour_of(grid.deadline) <= hour_of(plan.start):
+        yield f"grid.deadline={grid.deadline} is not after start={plan.start}; set a later date"
+
+
+def _is_date(text: str) -> bool:
+    try:
+        hour_of(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _prices(plan: Plan) -> Iterator[str]:
+    price = plan.price
+    ranges: dict[str, Any] = {f"gpu_hours.{name}": offer for name, offer in price.gpu_hours.items()}
+    ranges |= {"storage": price.storage, "egress": price.egress, "tariff": price.tariff}
+    for name, offer in ranges.items():
+        if not offer.low <= offer.mid <= offer.high:
+            yield f"price.{name} must have low ≤ mid ≤ high; order its three prices"
+    if price.owned and plan.gpu.name not in price.capex:
+        yield f"price.owned=true needs price.capex.{plan.gpu.name}; set '+price.capex.{plan.gpu.name}=30000', in USD"
+    if price.hours is not None and (len(price.hours) != 24 or min(price.hours) < 0):
+        yield "price.hours must hold 24 values, none negative: the tariff of each hour (UTC) relative to its mean; or set it to null"
 
 
 def _facts(plan: Plan) -> Iterator[str]:

@@ -68,7 +68,7 @@ def rows(group: str, option: str) -> tuple[Row, ...]:
         inner = name.removeprefix(f"{group}.")
         value = _dig(values, inner.split("."))
         if value is _ABSENT:
-            value = _default(groups()[group], inner)
+            value = default_of(groups()[group], inner)
         found.append(Row(name, kind, unit_of(kind), value, means, must, notes.get(inner, str(values.get("source", ""))), inner in notes))
     return tuple(found)
 
@@ -84,10 +84,11 @@ def _dig(values: Any, path: list[str]) -> Any:
     return values
 
 
-def _default(kind: type[Node], path: str) -> Any:
+def default_of(kind: type[Node], path: str) -> Any:
+    """A key's default as its field declares it."""
     first, _, rest = path.partition(".")
     if rest:
-        return _default(hints(kind)[first], rest)
+        return default_of(hints(kind)[first], rest)
     field = kind.__dataclass_fields__[first]
     return field.default if field.default is not None else None
 

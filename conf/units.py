@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # a type checker sees the float that is there after loading
     Watts: TypeAlias = float
     Rate: TypeAlias = float
     DollarsPerHour: TypeAlias = float
+    DollarsPerByte: TypeAlias = float
+    DollarsPerByteTime: TypeAlias = float
+    DollarsPerEnergy: TypeAlias = float
     Intensity: TypeAlias = float
     Litres: TypeAlias = float
 else:  # Hydra sees the text that a user writes
@@ -32,6 +35,9 @@ else:  # Hydra sees the text that a user writes
     Watts = Annotated[str, "W"]
     Rate = Annotated[str, "1/s"]
     DollarsPerHour = Annotated[str, "USD/h"]
+    DollarsPerByte = Annotated[str, "USD/B"]
+    DollarsPerByteTime = Annotated[str, "USD/B/s"]
+    DollarsPerEnergy = Annotated[str, "USD/J"]
     Intensity = Annotated[str, "gCO2e/J"]
     Litres = Annotated[str, "L/J"]
 
@@ -46,6 +52,7 @@ SYMBOLS: dict[str, tuple[float, dict[str, int]]] = {
     "h": (3600.0, {"s": 1}),
     "d": (86400.0, {"s": 1}),
     "week": (7 * 86400.0, {"s": 1}),
+    "month": (365.25 / 12 * 86400.0, {"s": 1}),
     "year": (365.25 * 86400.0, {"s": 1}),
     "FLOP": (1.0, {"FLOP": 1}),
     "J": (1.0, {"J": 1}),
@@ -71,7 +78,7 @@ def _symbol(name: str) -> tuple[float, tuple[tuple[str, int], ...]]:
         return size, tuple(base.items())
     for width in (2, 1):
         prefix, rest = name[:width], name[width:]
-        if prefix in PREFIXES and rest in SYMBOLS and rest not in ("1", "%", "min", "h", "d", "week", "year"):
+        if prefix in PREFIXES and rest in SYMBOLS and rest not in ("1", "%", "min", "h", "d", "week", "month", "year"):
             size, base = SYMBOLS[rest]
             return PREFIXES[prefix] * size, tuple(base.items())
     raise ValueError(f"unknown unit {name!r}; units are {', '.join(SYMBOLS)} with prefixes {', '.join(PREFIXES)}")

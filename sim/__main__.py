@@ -9,6 +9,7 @@ from typing import Any
 
 from conf.errors import Refused
 from conf.files import write
+from conf.hourly import dated
 from conf.plan import Plan
 from conf.program import count, explain, flag, load, run, split
 from conf.record import QUANTITIES, STATES, read_fact, summarise
@@ -62,8 +63,9 @@ SHOWN = {
         "pretrain.checkpoint_interval",
         "pretrain.best_interval",
     ),
-    "its price": ("run.gpu_hours", "run.cost", "run.energy", "run.peak_power", "run.carbon_location", "run.carbon_embodied", "run.water"),
-}
+    "its price": ("run.gpu_hours", "run.cost", "run.energy", "run.peak_power", "run.ramp", "run.carbon_location", "run.carbon_market",
+                  "run.carbon_embodied", "run.water", "run.delay", "run.carbon_saved", "run.energy_paused", "run.cost_paused"),
+}  # fmt: skip
 NAMES = {"ettr": "effective time (ETTR)", "mfu": "MFU", "gpu_hours": "device-hours", "wall_clock": "wall clock"}
 BAR = 30  # characters of a bar that stands for all of the time
 
@@ -203,6 +205,7 @@ def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
         lines += ["", title] if known else []
         lines += [f"  {_words(name):22} {_shown(quantities[name]):24}{_published(plan, name)}".rstrip() for name in known]
         lines += [_parts(quantities)] if "pretrain.peak_memory" in known else []
+    lines += [f"  {name:22} {said}" for name, said in dated(plan).items()]
     return "\n".join([*lines, "", "where the time goes", *_where(quantities), *_struck(quantities)])
 
 

@@ -8,7 +8,7 @@ share of useful time is exact for that (renewal reward; Daly 2006 with failures 
 A save that is only safe `later` after training went on costs a factor exp(−rate later): the fall is longer by that much.
 
 What only a simulated life knows is left out: waiting for spares, failures while coming up, stragglers, silent corruption, spikes,
-lemons, replicas that restart alone, smaller meshes, the hour of the day, the data stages.
+lemons, replicas that restart alone, smaller meshes, the hour of the day, limits and pauses of the feed, the data stages.
 """
 
 import math
@@ -20,6 +20,7 @@ from conf.record import Value
 from sim.checkpoint import tiers
 from sim.failures import population, rate
 from sim.kernels import rates
+from sim.money import bill
 from sim.pace import Pace
 from sim.power import Meter
 from sim.recovery import detector
@@ -93,8 +94,8 @@ def _down(plan: Plan, back: float) -> float:
 
 def _drawn(plan: Plan, pace: Pace, wall: float, steps: float) -> dict[str, float]:
     """Energy, carbon, hours and money of ranks that spend the share `steps` of the time in steps and the rest in other states."""
-    meter = Meter(plan, pace.mix)
+    meter = Meter(plan, pace.mix, pace.arithmetic, pace.stalled)
     energy = wall * (steps * meter.watts(pace.mix) + (1 - steps) * meter.watts({"init": 1.0}))
     hours = (plan.ranks + plan.cluster.spares * plan.cluster.gpus_per_node) * wall / HOUR
-    return {"run.gpu_hours": hours, "run.cost": hours * plan.price.gpu_hours[plan.gpu.name].mid, "run.energy": energy,
+    return {"run.gpu_hours": hours, "run.cost": bill(plan, hours, wall, energy).total[0], "run.energy": energy,
             "run.carbon_location": energy * plan.grid.intensity}  # fmt: skip

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from conf.plan import Plan
+from sim.clocks import Feed
 from sim.cluster import Course, World
 from sim.dedup import dedup, unique
 from sim.extract import corpus, extract
 from sim.failures import faults, spikes
+from sim.feed import feed_of
 from sim.kernels import Rates, rates
 from sim.pace import Pace, pace
 from sim.power import Footprint, Meter, footprint
@@ -26,6 +28,7 @@ class History:
     pace: Pace
     timeline: Timeline
     meter: Meter
+    feed: Feed = field(default_factory=Feed)
     told: dict[str, dict[str, float]] = field(default_factory=dict)  # of each data stage
     steps: int = 0  # that counted
     falls: Mapping[str, int] = field(default_factory=dict)  # by cause
@@ -43,15 +46,20 @@ class History:
 
     @cached_property
     def footprint(self) -> Footprint:
-        return footprint(self.plan, self.meter, self.timeline)
+        return footprint(self.plan, self.meter, self.timeline, self.feed.start(self.plan))
 
 
 def live(plan: Plan, seed: int | None = None, pace_: Pace | None = None, rates_: Rates | None = None) -> History:
     """One life; another seed is another weather."""
     step, speed = pace_ or pace(plan), rates_ or rates(plan)
-    world = World(plan, speed)
-    history = History(plan, step, world.timeline, Meter(plan, step.mix))
+    meter = Meter(plan, step.mix, step.arithmetic, step.stalled)
+    feed = feed_of(plan, step, meter, speed)
+    meter.spells = feed.spells()
+    world = World(feed.budgeted(plan), speed)
+    history = History(plan, step, world.timeline, meter, feed)
     world.env.run(until=world.env.process(_live(world, history, plan.seed if seed is None else seed)))
+    history.timeline = feed.told(world.timeline, step)
+    history.trained += history.timeline.until - world.timeline.until
     conserve(history)
     return history
 
@@ -87,15 +95,18 @@ def _data(world: World, history: History) -> Course[None]:
 
 def conserve(history: History) -> None:
     """Nothing is lost: time, energy, money and steps add up, each counted in two ways."""
-    plan, timeline, meter, foot = history.plan, history.timeline, history.meter, history.footprint
+    plan, timeline, foot = history.plan, history.timeline, history.footprint
     states, wall = timeline.states(), timeline.until
     ranks, spares = plan.ranks, plan.cluster.spares * plan.cluster.gpus_per_node
-    price = plan.price.gpu_hours[plan.gpu.name].mid
-    new = sum(states.get(state, 0.0) for state in history.pace.mix)
+    held = (sum(states.values()) + spares * wall) / 3600
+    new = sum(states.get(state, 0.0) for state in (*history.pace.mix, "idle"))  # idle: ranks for which a limit left no power
     useful = history.steps * history.pace.stride * ranks
     _same("time", sum(states.values()), ranks * wall)
-    _same("energy", sum(meter.watts({state: 1.0}) * seconds / ranks for state, seconds in states.items()), foot.energy)
-    _same("money", (sum(states.values()) + spares * wall) / 3600 * price, foot.cost[0])
+    _same("energy", sum(foot.energy_in.values()), foot.energy)
+    _same("energy", sum(foot.energy_of.values()), foot.energy)
+    _same("money", sum(item[0] for item in foot.bill), foot.cost[0])
+    if not plan.price.owned:
+        _same("rent", held * plan.price.gpu_hours[plan.gpu.name].mid, foot.bill.devices[0])
     assert history.resized or useful <= new * (1 + 1e-9), (
         f"steps that counted took {useful} rank-seconds, but only {new} were spent on new steps"
     )

@@ -23,6 +23,8 @@ class Pace:
     tokens_per_s: float
     error: float = 0.0  # standard deviation of the logarithm of step_time: how far off predictions of such steps have been
     fullness: float = 1.0  # mean batch over the full one: less than 1 where the batch warms up
+    arithmetic: float = 1.0  # share of compute in matrix products and attention
+    stalled: float = 0.0  # share of compute in waiting for the host; the rest moves tensors
 
     @property
     def stride(self) -> float:
@@ -44,7 +46,8 @@ def paces(plans: Sequence[Plan]) -> list[Pace]:
     for i, (parts, total) in enumerate(zip(seconds.T, seconds.sum(axis=0), strict=True)):
         mix = {name: float(part / total) for name, part in zip(names, parts, strict=True) if part > 0}
         evaluate, memory, mfu, rate, error = (float(column[i]) for column in (s.evaluate, s.memory, s.mfu, s.tokens_per_s, s.error))
-        found.append(Pace(float(s.step_time[i]), mix, evaluate, memory, mfu, rate, error, _fullness(plans[i])))
+        busy = (float(part[i] / s.compute[i]) for part in (s.arithmetic, s.stalled))
+        found.append(Pace(float(s.step_time[i]), mix, evaluate, memory, mfu, rate, error, _fullness(plans[i]), *busy))
     return found
 
 

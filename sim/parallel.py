@@ -58,6 +58,8 @@ class Steps:
     mfu: Array
     tokens_per_s: Array
     error: Array  # standard deviation of log(predicted / measured) that steps like it had
+    arithmetic: Array  # seconds of compute in matrix products and attention
+    stalled: Array  # seconds of compute in which the device waits for the host to launch kernels; the rest moves tensors
     plans: Any  # the numbers that they were predicted from
 
     @cached_property
@@ -140,7 +142,8 @@ def predict(p: Any, device: Device, network: Network) -> Steps:
     mfu = rate * flops_per_token(p, p.seq_len) / (p.peak * p.ranks)
     base = np.where(p.moe.experts > 0, device["mixture_error"], device["error"])
     error = np.hypot(base, device["host_error"] * part.waiting)
-    told = (step_time, compute, communication, bubble, optimizer, evaluate, mfu, rate, error)
+    busy = (p.crowd * p.accumulation * part.arithmetic, p.crowd * p.accumulation * part.stalled)
+    told = (step_time, compute, communication, bubble, optimizer, evaluate, mfu, rate, error, *busy)
     names = (field.name for field in fields(Steps) if field.name != "plans")
     return Steps(**dict(zip(names, np.broadcast_arrays(*map(np.atleast_1d, told)), strict=True)), plans=p)
 
@@ -151,6 +154,7 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
     forward, backward: compute of a micro-batch, ends included; weights: the part of backward that is the weights' gradients;
     block, ends: the same of one block, and of embedding and head; extra: by how much the ends make their rank busier;
     added: adding a micro-batch's gradients to those before; units: what sharding adds to a micro-batch;
+    arithmetic, stalled: the parts of forward and backward in matrix products and attention, and in waiting for the host;
     around: launches of a micro-batch besides its blocks; waiting: share of the blocks' time in which the device waits for the host;
     traffic: tensor-, context- and expert-parallel of a micro-batch; send: one message to a neighbour in the pipeline, and
     sends: waiting for those in a step; sharding: data-parallel traffic of a step; agreed: one number over all.
@@ -159,6 +163,7 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
     slowest = 1 + device["spread"] * np.maximum(0.0, _largest(p.ranks))
     again = np.where(p.recompute, spent["forward"], np.where(p.selective, spent["small"], np.where(p.core, spent["core"], 0.0)))
     again = p.recompute_share * again
+    doubled = p.recompute_share * np.where(p.recompute, spent["arithmetic.forward"], np.where(p.core, spent["core"], 0.0))
     block = spent["forward"] + spent["backward"] + again
     for stage, extra in (("forward", 0.0), ("backward", again)):  # further tokens' blocks lie beside the head
         spent[f"ends.{stage}"] = spent[f"ends.{stage}"] + p.mtp * (spent[stage] + extra)
@@ -176,7 +181,9 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
         block={"F": slowest * spent["forward"], "B": slowest * (spent["backward"] + again), "W": slowest * spent["weights"]},
         ends={"F": slowest * spent["ends.forward"], "B": slowest * spent["ends.backward"]}, extra=slowest * shown * ends,
         forward=slowest * forward, backward=slowest * backward, weights=slowest * layers * spent["weights"],
-        waiting=spent["waiting"] / block, added=slowest * added, around=slowest * around, units=_units(p, device, layers),
+        arithmetic=slowest * (layers * (spent["arithmetic"] + doubled) + shown * (spent["ends.arithmetic"] + p.mtp * spent["arithmetic"])),
+        stalled=slowest * (layers * spent["stalled"] + around), waiting=spent["waiting"] / block,
+        added=slowest * added, around=slowest * around, units=_units(p, device, layers),
         traffic=(1 - hidden) * _tensor_traffic(p, network, layers) + _context_traffic(p, device, network, layers, spent)
         + _experts_shown(p, device, network, layers, forward + backward),
         send=send,
@@ -333,11 +340,15 @@ def _spent(p: Any, device: Device) -> dict[str, Array]:
         spent[f"attention.{stage}"] = times[[row for row in rows[stage] if works[row].chain is not None]].sum(axis=0)
     spent["core"] = times[[row for row in rows["forward"] if works[row].kind in CORE]].sum(axis=0)
     spent["small"] = times[[row for row in rows["forward"] if not works[row].single]].sum(axis=0)
+    products = {name: times[[row for row in mine if works[row].single]].sum(axis=0) for name, mine in rows.items()}
+    spent |= {"arithmetic": products["forward"] + products["backward"], "arithmetic.forward": products["forward"]}
+    spent |= {"ends.arithmetic": products["ends.forward"] + products["ends.backward"], "stalled": np.zeros(1)}
     spent["waiting"] = np.zeros(1)
     for name in ("forward", "backward"):
         alone, host = device["glue"] + spent[name], device["host"] * _calls(p, parts[name])
         spent[name] = np.maximum(alone, host)
         spent[f"attention.{name}"] = spent[f"attention.{name}"] + spent[name] - alone
+        spent["stalled"] = spent["stalled"] + spent[name] - alone
         spent["waiting"] = spent["waiting"] + np.where(host > alone, spent[name], 0.0)
     return spent
 

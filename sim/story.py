@@ -9,6 +9,7 @@ from conf.files import write
 from conf.program import to_yaml
 from conf.record import Record, seal
 from sim.life import History
+from sim.load import write_power
 from sim.summary import pretraining, run
 from sim.timeline import Bar, Segment
 
@@ -20,7 +21,7 @@ CHECKPOINTS = 10_000  # events of checkpoints and evaluations, evenly thinned
 
 def tell(history: History, folder: Path) -> None:
     """Write plan, ledger, events and trace into the folder, over those of an earlier prediction."""
-    for name in ("ledger.parquet", "events.parquet", "trace.json", "summary.json"):
+    for name in ("ledger.parquet", "events.parquet", "trace.json", "power.csv", "summary.json"):
         (folder / name).unlink(missing_ok=True)
     write(folder / "plan.yaml", to_yaml(history.plan))
     if history.plan.profile:
@@ -31,17 +32,19 @@ def tell(history: History, folder: Path) -> None:
     _events(history, record)
     _trace(history, record)
     seal(folder, [record])
+    write_power(history.meter, history.timeline, history.feed.start(history.plan), folder)
 
 
 def _ledger(history: History, record: Record) -> None:
     """Rank-seconds by state, and power where it changes."""
     ranks, before = history.timeline.ranks, None
+    draw = dict(zip((segment.start for segment in history.timeline.segments), history.meter.draw(history.timeline), strict=True))
     for slice_ in _slices(history.timeline.segments, history.timeline.until):
         states: dict[str, float] = {}
         energy = 0.0
         for segment in slice_:
             seconds = segment.stop - segment.start
-            energy += history.meter.watts(segment.mix) * seconds
+            energy += float(draw[segment.start]) * seconds
             for state, share in segment.mix.items():
                 states[state] = states.get(state, 0.0) + share * seconds * ranks
         first, last = slice_[0], slice_[-1]

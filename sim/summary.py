@@ -11,6 +11,7 @@ from sim.checkpoint import best_interval
 from sim.cluster import per_second
 from sim.failures import rate
 from sim.life import History
+from sim.load import load
 from sim.memory import PARTS, memory
 from sim.parallel import columns
 
@@ -20,7 +21,9 @@ def summary(history: History) -> dict[str, Value]:
     told = {f"{stage}.{name}": Value(value) for stage, values in history.told.items() for name, value in values.items()}
     told |= {f"pretrain.{name}": Value(value) for name, value in pretraining(history).items()}
     told |= {f"run.{name}": Value(value) for name, value in run(history).items()}
-    told["run.cost"] = Value(*history.footprint.cost)
+    bill = history.footprint.bill
+    told["run.cost"] = Value(*bill.total)
+    told |= {f"run.cost_{item}": Value(*prices) for item, prices in bill._asdict().items() if prices[2]}
     told |= {f"cause-{name}.interruptions": Value(count) for name, count in history.falls.items()}
     told |= {f"cause-{name}.lost": Value(seconds) for name, seconds in history.lost.items()}
     told |= {f"state.{name}": Value(seconds) for name, seconds in history.timeline.states().items()}
@@ -63,6 +66,8 @@ def run(history: History) -> dict[str, float]:
     """Of the whole run; goodput and ETTR are of pre-training."""
     plan, pace, foot, trained = history.plan, history.pace, history.footprint, history.trained
     tokens = plan.samples(history.steps) * plan.train.seq_len
+    paused = history.timeline.states().get("paused", 0.0) / (plan.ranks * history.timeline.until)
+    drawn = load(history.meter, history.timeline, pace, foot.peak_power)
     return {
         "wall_clock": history.timeline.until,
         "goodput": per_second(tokens, trained) / pace.tokens_per_s,
@@ -73,12 +78,16 @@ def run(history: History) -> dict[str, float]:
         "flops": tokens * float(flops_per_token(plan.model, plan.train.seq_len)),
         "gpu_hours": foot.gpu_hours,
         "energy": foot.energy,
-        "energy_devices": foot.energy_devices,
         "carbon_location": foot.carbon_location,
         "carbon_market": foot.carbon_market,
         "carbon_embodied": foot.carbon_embodied,
         "water": foot.water,
         "peak_power": foot.peak_power,
+        **drawn._asdict(),
+        **{f"energy_{name}": joules for name, joules in foot.energy_of.items()},
+        **({"energy_paused": foot.energy_in["paused"], "cost_paused": foot.bill.devices[0] * paused} if paused else {}),
+        **({"delay": history.feed.delay, "carbon_saved": history.feed.saved} if plan.grid.shift != "none" else {}),
+        "energy_steps": sum(foot.energy_in.get(state, 0.0) for state in pace.mix),
     }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from conf.hourly import dated
 from conf.plan import Plan
 from conf.record import STATES
 from conf.units import show
@@ -42,6 +43,8 @@ def table(plans: tuple[Plan, Plan], paces: tuple[Pace, Pace], told: tuple[Mappin
     for name in SHOWN:
         if all(name in side for side in told):
             lines.append(_row(name, *(side[name] for side in told)))
+    first, second = map(dated, plans)
+    lines += [f"  {name:22}{said}" + ("" if said == second[name] else f" → {second[name]}") for name, said in first.items()]
     lines += ["", "why a step takes another time", *_step(*paces)]
     lines += ["", "why the run makes other use of its time (points of its share)", *_run(*(shares(side) for side in told))]
     days = [rate(plan) * 86400 for plan in plans]

@@ -330,7 +330,7 @@ def test_page_is_whole_and_loads_nothing(both: Path, plan: Plan) -> None:
     assert titles[4:] == ["Where the time goes", "Where the money goes", "What it emits"]
     assert all(title in text for title in titles)
     assert "Only predicted, not measured: run.energy, run.carbon_location, run.carbon_embodied, run.cost." in text
-    assert f"Prices are of {plan.price.as_of}" in text
+    assert f"Prices are of {plan.price.as_of}, the grid's intensity of world, 2023." in text
 
 
 def test_page_names_every_source_and_key(both: Path, plan: Plan) -> None:

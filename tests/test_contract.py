@@ -14,7 +14,7 @@ HOMES = {"simpy": {"sim"}, "torch": {"real"}, "matplotlib": {"analysis"}, "hydra
 # Modules without a twin; ARCHITECTURE.md says why for each.
 ALONE = {
     "sim": {"failures", "story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
-            "room", "recovery", "storm", "replica", "elastic", "pace", "lives", "sensitivity"},
+            "room", "recovery", "storm", "replica", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
         "attention", "bigram", "collectives", "data", "dry", "fp8", "huggingface", "initial", "layers", "loss", "measure", "model", "moe",
         "muon", "optim", "pipeline", "progress", "slurm", "stage", "trainer",

@@ -60,11 +60,11 @@ def test_a_growing_batch_shortens_the_run_and_counts_its_tokens():
 
 
 def test_a_power_cap_slows_arithmetic_alone_and_bounds_the_draw():
-    plan = load(["experiment=llama3_405b"])
+    plan = load(["experiment=llama3_405b", "power.compute=0.95", "power.host_idle=null"])
     capped = [plan.but(power=plan.power.but(cap=watts)) for watts in (300.0, 500.0, 600.0, 669.0, 700.0)]
     clocks = [throttle(one) for one in capped]
     assert clocks == sorted(clocks) and clocks[-1] == 1.0 and throttle(plan) == 1.0
-    assert clocks[1] == pytest.approx(((500 - 91) / (670 - 91)) ** (1 / 1.71))  # 0.13 and 0.95 of the way from 100 to 700 W
+    assert clocks[1] == pytest.approx(((500 - 224) / (670 - 224)) ** (1 / 3.2))  # 0.32 and 0.95 of the way from 100 to 700 W
     slow, usual = rates(capped[1]), rates(plan)
     assert slow.rate["matmul.forward"] == pytest.approx(clocks[1] * usual.rate["matmul.forward"])
     assert slow.bandwidth == usual.bandwidth and slow.link == usual.link
@@ -74,5 +74,5 @@ def test_a_power_cap_slows_arithmetic_alone_and_bounds_the_draw():
 
 
 def test_an_impossible_cap_is_refused():
-    with pytest.raises(Refused, match=r"power\.cap=50 W must lie above 100 W, which h100-sxm draws without arithmetic"):
+    with pytest.raises(Refused, match=r"power\.cap=50 W must lie above 224 W, which h100-sxm draws without arithmetic"):
         load(["experiment=llama3_405b", "power.cap=50 W"])

@@ -16,10 +16,10 @@ from conf.record import QUANTITIES, read, state_totals
 from sim.cluster import World
 from sim.expect import banded
 from sim.failures import Fault, faults
+from sim.grid import carbon
 from sim.kernels import Rates, rates
 from sim.life import History, live
 from sim.pace import Pace, pace, uncertain
-from sim.power import carbon
 from sim.pretrain import Pretraining
 from sim.story import tell
 from sim.summary import spread, summary
@@ -80,7 +80,7 @@ def test_every_life_conserves_time_tokens_energy_and_money(laptop: Plan, seed: i
     assert sum(power[s] * seconds / plan.ranks for s, seconds in states.items()) == pytest.approx(q["run.energy"], rel=1e-9)
     assert q["run.carbon_location"] == pytest.approx(q["run.energy"] * plan.grid.intensity, rel=1e-9)  # a flat grid
     assert q["run.carbon_market"] == pytest.approx(q["run.energy"] * 1e-5, rel=1e-9)
-    assert q["run.cost"] == pytest.approx(q["run.gpu_hours"] * plan.price.gpu_hours[plan.gpu.name].mid)
+    assert q["run.cost_devices"] == pytest.approx(q["run.gpu_hours"] * plan.price.gpu_hours[plan.gpu.name].mid)
     assert q["run.tokens"] == life.steps * plan.tokens_per_step
     assert q["run.goodput"] == pytest.approx(q["run.tokens"] / (1e3 * life.trained))
     assert all(one.stop == other.start for one, other in pairwise(life.timeline.segments))
@@ -309,7 +309,14 @@ def test_the_command_prints_json_and_leaves_a_record(tmp_path, capsys) -> None:
     folder = tmp_path / said["plan"] / "sim"
     assert said == json.loads((folder / "summary.json").read_text()) and said["program"] == "sim"
     assert all(name.split(".")[1] in QUANTITIES for name in said["quantities"])
-    assert {p.name for p in folder.iterdir()} == {"plan.yaml", "ledger.parquet", "events.parquet", "trace.json", "summary.json"}
+    assert {p.name for p in folder.iterdir()} == {
+        "plan.yaml",
+        "ledger.parquet",
+        "events.parquet",
+        "trace.json",
+        "power.csv",
+        "summary.json",
+    }
 
 
 def test_the_command_speaks_to_a_person(tmp_path, capsys) -> None:
