@@ -14,6 +14,7 @@ ACTIONS = {
     "caps": "fit the law of power caps to measured curves of throughput under caps",
     "check": "tell whether a claim of energy and carbon multiplies",
     "fit": "fit the physical parameters of GPU families to tables of published measurements",
+    "reliability": "published failures and effective times, beside what other sources say of them",
     "sweep": "draw the points of a sweep",
     "report": "write both, with figures and assumptions, as one HTML page",
 }

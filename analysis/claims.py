@@ -16,7 +16,7 @@ import pandas as pd
 from analysis.replay import Replayed, Unplayable, each, records, tabled
 from conf.program import load
 from sim.expect import expected
-from sim.pretrain import pace
+from sim.pace import pace
 
 ENERGY = ("model", "gpu_hours", "avg_power_w", "pue", "carbon_intensity_g_per_kwh", "energy_mwh", "tco2e")
 DOUBT = 3.0  # times that a claim may be off its own arithmetic before it contradicts itself

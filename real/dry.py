@@ -6,17 +6,17 @@ holds and sends is counted, not estimated; only the load of experts is assumed t
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,10 +24,11 @@ from conf.plan import Plan
 from conf.units import show
 from real import parallel
 from real.loss import loss_sum
+from real.memory import Ones, Tracker, fused
 from real.model import Decoder
 from real.moe import weigh
-from real.optim import local
-from real.pipeline import stages_of
+from real.optim import Optimizer, local
+from real.pipeline import Pipeline, stages_of
 from real.timeline import Timeline
 from real.trainer import laid_out
 
@@ -53,7 +54,7 @@ def build(plan: Plan, foretold: Mapping[str, Any] | None) -> dict[str, Any]:
     fake = plan.but(gpu=plan.gpu.but(kind="cpu"), train=plan.train.but(compile=False))
     firsts = sorted({0, plan.ranks - plan.ranks // plan.mesh.pp})
     with ProcessPoolExecutor(len(firsts), get_context("fork")) as pool:
-        ranks = [asdict(rank) for rank in pool.map(_rehearse, [fake] * len(firsts), firsts)]
+        ranks = [asdict(rank) for rank in pool.map(_rehearse, [fake] * len(firsts), firsts, [plan.gpu.kind != "cpu"] * len(firsts))]
     quantities = foretold["quantities"] if foretold else {}
     told = {name: quantities.get(f"pretrain.{name}", {}).get("value") for name in ("step_time", "peak_memory")}
     fullest = max(rank["peak"] for rank in ranks)
@@ -70,36 +71,52 @@ def _world(plan: Plan, rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _rehearse(plan: Plan, rank: int) -> Rank:
+def _rehearse(plan: Plan, rank: int, gpu: bool = False) -> Rank:
+    """One rank; `gpu` says whose kernels its memory is that of."""
+    with _built(plan, rank) as (axes, stages, parts):
+        held = [local(p) for part in parts for p in {id(p): p for p in part.parameters()}.values()]
+        told = _collectives(plan, axes, parts)
+        layers = sorted(int(i) for part in parts for i in part.layers)
+        count = sum(p.numel() for p in held)
+        return Rank(rank, [s for s in stages if s is not None], layers, count, 4 * 4 * count, _peak(plan, axes, parts, gpu), told)
+
+
+def peak(plan: Plan, rank: int) -> int:
+    """Most bytes that a rank holds at once in a step, with the kernels of the plan's device."""
+    fake = plan.but(gpu=plan.gpu.but(kind="cpu"), train=plan.train.but(compile=False))
+    with _built(fake, rank) as (axes, _, parts):
+        return _peak(fake, axes, parts, plan.gpu.kind != "cpu")
+
+
+@contextmanager
+def _built(plan: Plan, rank: int) -> Iterator[tuple[parallel.Axes, Sequence[int | None], list[Decoder]]]:
+    """A rank's mesh, and its parts of the model on fake devices."""
     with _world(plan, rank):
-        timeline = Timeline()
         axes = parallel.Axes(plan)
         stages = stages_of(plan, axes.at["pp"]) if axes.pp else [None]
-        parts = [laid_out(plan, axes, timeline, stage) for stage in stages]
+        parts = [laid_out(plan, axes, Timeline(), stage) for stage in stages]
         for part in parts:
             weigh(part, plan.train.global_batch)
-        calls, sizes = Counter[tuple[str, str, int]](), Counter[tuple[str, str, int]]()
         with FakeTensorMode(allow_non_fake_inputs=True):
             for part in parts:
                 part.to_empty(device="cpu")
                 part.tie()
-            held = [local(p) for part in parts for p in {id(p): p for p in part.parameters()}.values()]
-            state = sum(4 * p.numel() * 4 for p in held)
-            for times, last in ((min(1, plan.accumulation - 1), False), (plan.accumulation - 2, False), (1, True)):
-                if times < 1:
-                    continue
-                with Tally(axes.names) as tally:
-                    for part in parts:
-                        _backward(_forward(plan, axes, part, last))
-                for key, (number, size) in tally.found.items():
-                    calls[key] += number * times
-                    sizes[key] += size * times
-            peaks, kept = zip(*(_memory(plan, axes, part) for part in parts), strict=True)
-            peak = sum(peaks) - sum(kept) + in_flight(plan, axes.at["pp"]) * sum(kept) // len(parts)
-        moments = sum(2 * 4 * p.numel() for p in held)
-        layers = sorted(int(i) for part in parts for i in part.layers)
-        told = [{"kind": k, "axis": a, "ranks": n, "calls": calls[k, a, n], "bytes": sizes[k, a, n]} for k, a, n in sorted(calls)]
-        return Rank(rank, [s for s in stages if s is not None], layers, sum(p.numel() for p in held), state, int(peak + moments), told)
+            yield axes, stages, parts
+
+
+def _collectives(plan: Plan, axes: parallel.Axes, parts: list[Decoder]) -> list[dict[str, Any]]:
+    """The step's collectives: one micro-batch of each kind traced, and counted as often as it comes."""
+    calls, sizes = Counter[tuple[str, str, int]](), Counter[tuple[str, str, int]]()
+    for times, last in ((min(1, plan.accumulation - 1), False), (plan.accumulation - 2, False), (1, True)):
+        if times < 1:
+            continue
+        with Tally(axes.names) as tally:
+            for part in parts:
+                _backward(_forward(plan, axes, part, last))
+        for key, (number, size) in tally.found.items():
+            calls[key] += number * times
+            sizes[key] += size * times
+    return [{"kind": k, "axis": a, "ranks": n, "calls": calls[k, a, n], "bytes": sizes[k, a, n]} for k, a, n in sorted(calls)]
 
 
 def _forward(plan: Plan, axes: parallel.Axes, part: Decoder, last: bool) -> torch.Tensor:
@@ -112,33 +129,45 @@ def _forward(plan: Plan, axes: parallel.Axes, part: Decoder, last: bool) -> torc
     targets = torch.zeros(size, tokens, dtype=torch.int64)
     inside = torch.zeros(size, tokens // plan.mesh.tp, plan.model.hidden, dtype=dtype, requires_grad=True)
     out = part(targets if part.embed_tokens is not None else inside)
-    return loss_sum(out, targets, axes.tp) / plan.tokens_per_step if part.lm_head is not None else out
+    return _loss(plan, axes, out, targets) if part.lm_head is not None else out
+
+
+def _loss(plan: Plan, axes: parallel.Axes, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return loss_sum(logits, targets, axes.tp, plan.train.z_loss) / plan.tokens_per_step
 
 
 def _backward(out: torch.Tensor) -> None:
     out.backward(None if out.dim() == 0 else torch.zeros_like(out))
 
 
-def _memory(plan: Plan, axes: parallel.Axes, part: Decoder) -> tuple[int, int]:
-    """Most bytes at once of a part in one micro-batch, the optimizer's aside, and what it keeps from forward to backward."""
-    tracker = MemTracker()
-    tracker.track_external(part)
-    with tracker:
-        out = _forward(plan, axes, part, last=True)
-        kept = sum(found[_MemRefType.ACT] for found in tracker.get_tracker_snapshot("current").values())
-        _backward(out)
-    return int(sum(found["Total"] for found in tracker.get_tracker_snapshot("peak").values())), int(kept)
+def _peak(plan: Plan, axes: parallel.Axes, parts: list[Decoder], gpu: bool) -> int:
+    """Most bytes at once in a step: of the trainer's own forward and backward passes in its schedule's order, then of its optimizer.
 
-
-def in_flight(plan: Plan, pp_rank: int) -> int:
-    """Forward passes of a part that wait for their backward at once on a pipeline rank, over all its parts.
-
-    1F1B holds as many as there are stages from here on; interleaving adds its warm-up (Narayanan et al. 2021, section 2.2);
-    the V-shaped schedules hold what 1F1B's first stage does, in halves (Qi et al. 2024, DualPipe one more).
+    The micro-batches that a rank holds at once are rehearsed; later ones hold no more, but for what they are received into.
     """
-    pp, vpp, count = plan.mesh.pp, plan.mesh.vpp, plan.accumulation
-    most = {"gpipe": count, "1f1b": pp - pp_rank, "zbv": 2 * pp, "dualpipev": 2 * pp + 1}
-    return min(count * vpp, most.get(plan.mesh.pipeline, (vpp - 1) * pp + 2 * (pp - pp_rank - 1) + 1))
+    optimizer = Optimizer(parts, plan.train)
+    optimizer.begin()
+    count = plan.accumulation if plan.mesh.pipeline == "gpipe" else min(plan.accumulation, 2 * plan.mesh.pp)
+    tokens = torch.zeros(count * plan.train.micro_batch, plan.train.seq_len // plan.mesh.cp, dtype=torch.int64)
+    with Ones(), fused() if gpu else nullcontext(), Tracker([*parts, *optimizer.parts]) as tracker:
+        if axes.pp is not None:
+            lost = partial(_loss, plan, axes)
+            Pipeline(parts, plan, axes.pp, tokens.device, Timeline(), lost).step(tokens, tokens, None)
+        else:
+            for number, micro in enumerate(tokens.split(plan.train.micro_batch), 1):
+                parallel.synchronise(parts[0], number == count)
+                _loss(plan, axes, parts[0](micro), micro).backward()
+        optimizer.step(0.0)
+    return tracker.peak() + (plan.accumulation - count) * _received(plan, axes)
+
+
+def _received(plan: Plan, axes: parallel.Axes) -> int:
+    """Bytes that torch's pipeline stages of a rank keep for each micro-batch to receive activations and their gradients into."""
+    if axes.pp is None:
+        return 0
+    last, tokens = plan.mesh.pp * plan.mesh.vpp - 1, plan.train.micro_batch * plan.train.seq_len // (plan.mesh.cp * plan.mesh.tp)
+    ends = sum((stage > 0) + (stage < last) for stage in stages_of(plan, axes.pp.rank))
+    return ends * tokens * plan.model.hidden * (2 if plan.train.half else 4)
 
 
 class Tally(TorchDispatchMode):

@@ -98,7 +98,7 @@ class Pipeline:
         given = {"target": targets, "losses": losses} if self.holds_last else {}
         more = {} if documents is None else {"documents": documents}
         with self.timeline.during("bubble"):
-            schedule.step(*([inputs] if 0 in self.numbers else []), **given, **more)
+            schedule.step(*([inputs] if 0 in self.numbers else []), **given, **more, return_outputs=False)  # which would keep all logits
         return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.device)
 
     def forward(self, inputs: Tensor, documents: Tensor | None = None) -> Tensor | None:

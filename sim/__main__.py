@@ -20,7 +20,10 @@ from sim import whatif
 from sim.expect import banded
 from sim.kernels import rates
 from sim.life import live
-from sim.pretrain import pace, uncertain
+from sim.lives import clocked, others
+from sim.memory import PARTS
+from sim.pace import pace
+from sim.room import line, verdict
 from sim.story import tell
 from sim.summary import spread, summary
 
@@ -35,6 +38,7 @@ foretold sim [options] [group=option] [key=value]   predict a plan
   foretold sim search=true experiment=llama3_405b          the best meshes for its model, cluster and batch, and why
   foretold sim events=true experiment=llama3_405b          one step event by event, with a timeline for Perfetto
   foretold sim replicas=20                       twenty seeds: the median, with the 10th and 90th percentile
+  foretold sim costs=true experiment=llama3_405b           what costs most: causes, spares, checkpoints, recovery
 """
 OPTIONS = {
     "plan": ("", "file of a plan that another command wrote; overrides still apply"),
@@ -43,12 +47,22 @@ OPTIONS = {
     "fast": ("false", "with -m: the runs in closed form instead of simulated lives, thousands of points in this process"),
     "search": ("false", "the best mesh for the plan's model, cluster and batch; mesh.… words pin a choice"),
     "events": ("false", "one step event by event instead of the run: both fidelities, and step.json for Perfetto"),
-    "replicas": ("1", "lives to simulate, one a seed; the first writes the record"),
+    "replicas": ("1", "lives to simulate, one a seed, over all cores; the first writes the record"),
+    "precision": ("", "lives until the means are known within this share, as in precision=0.01"),
+    "costs": ("false", "what costs most: every cause taken away, every knob turned, under the same faults"),
     "runs": ("runs", "folder of the records"),
 }
 SHOWN = {
     "a step": ("pretrain.step_time", "pretrain.tokens_per_s", "pretrain.mfu", "pretrain.peak_memory"),
-    "the run": ("run.wall_clock", "run.tokens", "pretrain.final_loss", "run.ettr", "run.interruptions"),
+    "the run": (
+        "run.wall_clock",
+        "run.tokens",
+        "pretrain.final_loss",
+        "run.ettr",
+        "run.interruptions",
+        "pretrain.checkpoint_interval",
+        "pretrain.best_interval",
+    ),
     "its price": ("run.gpu_hours", "run.cost", "run.energy", "run.peak_power", "run.ramp", "run.carbon_location", "run.carbon_market",
                   "run.carbon_embodied", "run.water", "run.delay", "run.carbon_saved", "run.energy_paused", "run.cost_paused"),
 }  # fmt: skip
@@ -73,9 +87,12 @@ def main(args: list[str]) -> int:
     if options["vs"]:
         return versus(plan, load([*overrides, *words(options["vs"])], options["plan"]), options)
     folder = Path(options["runs"]) / plan.id / "sim"
-    told = predict(plan, folder, lives)
-    if plan.gpu.memory < told["quantities"]["pretrain.peak_memory"]["value"]:
-        print(misfit(plan, told), file=sys.stderr)
+    if flag(options, "costs"):
+        return costs(plan, lives, quiet)
+    told = predict(plan, folder, lives, share(options, "precision"))
+    fits = verdict(plan)
+    if not fits["fits"]:
+        print(line(plan, fits), file=sys.stderr)
     again = [f"plan={options['plan']}"] * bool(options["plan"]) + overrides
     print(json.dumps(told) if quiet else table(plan, told["quantities"]) + farewell(folder, again))
     return 0
@@ -122,6 +139,31 @@ def one_step(plan: Plan, folder: Path, quiet: bool) -> int:
     return 0
 
 
+def costs(plan: Plan, lives: int, quiet: bool) -> int:
+    """What each cause and knob costs."""
+    from sim import sensitivity
+
+    found = sensitivity.gains(plan, lives)
+    print(json.dumps([vars(one) for one in found]) if quiet else sensitivity.table(found))
+    return 0
+
+
+def share(options: Mapping[str, str], name: str) -> float | None:
+    """A share above 0 that an option asks for, or None.
+
+    Raises Refused for anything else.
+    """
+    if not options[name]:
+        return None
+    try:
+        value = float(options[name])
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise Refused(f"{name}={options[name]} is no share between 0 and 1; write for example {name}=0.01")
+    return value
+
+
 def words(text: str) -> list[str]:
     try:
         return shlex.split(text)
@@ -136,27 +178,20 @@ def versus(one: Plan, other: Plan, options: Mapping[str, str]) -> int:
     if flag(options, "json"):
         print(json.dumps({"plans": told}))
         return 0
-    for plan, side in zip(plans, told, strict=True):
-        if plan.gpu.memory < side["quantities"]["pretrain.peak_memory"]["value"]:
-            print(f"{plan.id} {misfit(plan, side)}", file=sys.stderr)
+    for plan in plans:
+        if not (fits := verdict(plan))["fits"]:
+            print(f"{plan.id} {line(plan, fits)}", file=sys.stderr)
     print(whatif.table(plans, (pace(one), pace(other)), (told[0]["quantities"], told[1]["quantities"])))
     return 0
 
 
-def predict(plan: Plan, folder: Path, lives: int = 1) -> dict[str, Any]:
+def predict(plan: Plan, folder: Path, lives: int = 1, precision: float | None = None) -> dict[str, Any]:
     """Simulate, write the record, return the summary."""
     step, speed = pace(plan), rates(plan)
-    first = live(plan, plan.seed, step, speed)
-    others = enumerate(uncertain(plan, lives - 1), 1)
-    told = [summary(first)] + [summary(live(plan, plan.seed + i, step.slowed(factor), speed)) for i, factor in others]
+    first, each = clocked(lambda: live(plan, plan.seed, step, speed))
+    told = others(plan, lives, precision, summary(first), each)
     tell(first, folder)
-    return summarise(folder, plan.id, "sim", spread(told) if lives > 1 else banded(plan, step, told[0]))
-
-
-def misfit(plan: Plan, told: Mapping[str, Any]) -> str:
-    need = told["quantities"]["pretrain.peak_memory"]["value"]
-    cure = "raise mesh.tp, mesh.pp or cluster.nodes, or set train.recompute=full"
-    return f"does not fit: needs {show(need, 'B')} of {show(plan.gpu.memory, 'B')} a device; {cure}"
+    return summarise(folder, plan.id, "sim", spread(told) if len(told) > 1 else banded(plan, step, told[0]))
 
 
 def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
@@ -169,8 +204,16 @@ def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
         known = [name for name in names if name in quantities]
         lines += ["", title] if known else []
         lines += [f"  {_words(name):22} {_shown(quantities[name]):24}{_published(plan, name)}".rstrip() for name in known]
+        lines += [_parts(quantities)] if "pretrain.peak_memory" in known else []
     lines += [f"  {name:22} {said}" for name, said in dated(plan).items()]
-    return "\n".join([*lines, "", "where the time goes", *_where(quantities)])
+    return "\n".join([*lines, "", "where the time goes", *_where(quantities), *_struck(quantities)])
+
+
+def _parts(quantities: Mapping[str, Mapping[str, Any]]) -> str:
+    """The parts of the peak memory, largest first; those below 1% are left out."""
+    sizes = {part: quantities[f"pretrain.memory_{part}"]["value"] for part in PARTS}
+    shown = [part for part in sorted(PARTS, key=lambda part: -sizes[part]) if sizes[part] >= 0.01 * sum(sizes.values())]
+    return f"    {'of which':20} " + ", ".join(f"{part} {show(sizes[part], 'B')}" for part in shown)
 
 
 def _size(parameters: float) -> str:
@@ -206,6 +249,16 @@ def _where(quantities: Mapping[str, Mapping[str, Any]]) -> list[str]:
     spent = {state: quantities[f"state.{state}"]["value"] for state in STATES if f"state.{state}" in quantities}
     shares = {state: seconds / sum(spent.values()) for state, seconds in sorted(spent.items(), key=lambda item: -item[1])}
     return [f"  {state:22} {share:6.1%}  {'█' * round(BAR * share)}".rstrip() for state, share in shares.items()]
+
+
+def _struck(quantities: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What struck, how often, and the wall clock that it cost."""
+    names = [name.removesuffix(".lost") for name in quantities if name.endswith(".lost")]
+    lost = sorted(((quantities[f"{name}.lost"], name) for name in names), key=lambda row: -row[0]["value"])
+    lines = [
+        f"  {name.removeprefix('cause-'):22} {_shown(quantities[f'{name}.interruptions']):24}{_shown(seconds)}" for seconds, name in lost
+    ]
+    return ["", "what struck, how often, and what the way back up took", *lines] if lines else []
 
 
 def farewell(folder: Path, overrides: list[str]) -> str:

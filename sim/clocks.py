@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from conf.hourly import hour_of
 from conf.plan import Plan
+from sim.pace import Pace
 from sim.power import Meter, Spell
-from sim.pretrain import Pace
 from sim.timeline import Timeline
 
 

@@ -14,8 +14,8 @@ from conf.units import show
 from sim.clocks import Feed, Stretch
 from sim.grid import HOUR, Shift, full_hour, shifted
 from sim.kernels import Rates, rates
+from sim.pace import Pace, pace
 from sim.power import Meter
-from sim.pretrain import Pace, pace
 
 
 def feed_of(plan: Plan, step: Pace, meter: Meter, speed: Rates | None = None) -> Feed:

@@ -13,8 +13,8 @@ import numpy as np
 
 from conf.files import write
 from sim.grid import Array, full_hour, intensities
+from sim.pace import Pace
 from sim.power import Meter
-from sim.pretrain import Pace
 from sim.timeline import Timeline
 
 SECOND = 1.0

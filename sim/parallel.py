@@ -7,8 +7,8 @@ Arrays of plans in, arrays out; one plan is an array of length 1.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from operator import attrgetter
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ from conf.arithmetic import (
 )
 from conf.plan import Plan
 from sim.kernels import Array, Device, Work, attention, matmul, moved, rates
-from sim.memory import held, memory
+from sim.memory import MOMENTS, held, memory
 from sim.network import Network
 from sim.schedule import PARTED, V_SHAPED
 
@@ -55,12 +55,17 @@ class Steps:
     bubble: Array
     optimizer: Array
     evaluate: Array  # seconds of one held-out evaluation
-    memory: Array  # bytes, peak on a rank
     mfu: Array
     tokens_per_s: Array
     error: Array  # standard deviation of log(predicted / measured) that steps like it had
     arithmetic: Array  # seconds of compute in matrix products and attention
     stalled: Array  # seconds of compute in which the device waits for the host to launch kernels; the rest moves tensors
+    plans: Any  # the numbers that they were predicted from
+
+    @cached_property
+    def memory(self) -> Array:
+        """Bytes, peak on a rank; weighed when it is asked for, because that takes as long as the step."""
+        return np.broadcast_to(memory(self.plans).total, self.step_time.shape)
 
 
 def columns(plans: Sequence[Plan]) -> Any:
@@ -86,6 +91,7 @@ def columns(plans: Sequence[Plan]) -> Any:
     values["zero"] = gather(lambda p: p.mesh.zero)
     values["peak"] = gather(lambda p: p.gpu.peak(p.train.precision) or np.nan)
     values["rope"] = gather(lambda p: p.model.positions == "rope")
+    values["moments"] = gather(lambda p: MOMENTS[p.train.optimizer])
     moe = SimpleNamespace(**of("model.moe", ("experts", "top_k", "shared", "ffn", "dense_layers", "imbalance")))
     mla = SimpleNamespace(**of("model.mla", ("kv_rank", "q_rank", "rope")))
     values["crowd"] = gather(lambda p: max(1.0, p.cluster.gpus_per_node / p.cluster.cores_per_node) if p.gpu.kind == "cpu" else 1.0)
@@ -96,6 +102,7 @@ def columns(plans: Sequence[Plan]) -> Any:
         "parted": np.array([p.mesh.pipeline in PARTED for p in plans]),
         "v_shaped": np.array([p.mesh.pipeline in V_SHAPED for p in plans]),
         "gpipe": np.array([p.mesh.pipeline == "gpipe" for p in plans]),
+        "dual": np.array([p.mesh.pipeline == "dualpipev" for p in plans]),
         "beside": np.array([p.gpu.kind != "cpu" for p in plans]),
         "compiled": np.array([p.train.compile for p in plans]),
         "fused_gradients": np.array([p.train.fused_gradients for p in plans]),
@@ -136,8 +143,9 @@ def predict(p: Any, device: Device, network: Network) -> Steps:
     base = np.where(p.moe.experts > 0, device["mixture_error"], device["error"])
     error = np.hypot(base, device["host_error"] * part.waiting)
     busy = (p.crowd * p.accumulation * part.arithmetic, p.crowd * p.accumulation * part.stalled)
-    told = (step_time, compute, communication, bubble, optimizer, evaluate, memory(p).total, mfu, rate, error, *busy)
-    return Steps(*np.broadcast_arrays(*map(np.atleast_1d, told)))
+    told = (step_time, compute, communication, bubble, optimizer, evaluate, mfu, rate, error, *busy)
+    names = (field.name for field in fields(Steps) if field.name != "plans")
+    return Steps(**dict(zip(names, np.broadcast_arrays(*map(np.atleast_1d, told)), strict=True)), plans=p)
 
 
 def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:

@@ -170,6 +170,7 @@ def _grid(plan: Plan, base: Any, outer: Array, inner: Inner) -> Any:
     p.schedule = np.reshape([name for name, _ in inner.schedules], second)
     p.v_shaped = np.reshape([name in V_SHAPED for name, _ in inner.schedules], second)
     p.gpipe = np.array(False)
+    p.dual = np.reshape([name == "dualpipev" for name, _ in inner.schedules], second)
     p.zero = np.reshape([float(zero) for zero, _ in inner.shardings], third)
     p.dp_replicate = np.reshape([float(n) for _, n in inner.shardings], third)
     p.dp_shard = p.dp / p.dp_replicate

@@ -21,8 +21,8 @@ from sim.grid import best_pauses, best_start, carbon, full_hour, intensities
 from sim.kernels import capped, rates
 from sim.life import History, live
 from sim.load import ramp, swing
+from sim.pace import Pace, pace
 from sim.power import DRAWS, Meter
-from sim.pretrain import Pace, pace
 from sim.story import tell
 from sim.summary import summary
 from tests.conftest import SHARED

@@ -106,5 +106,6 @@ def test_a_rehearsal_says_what_a_run_holds_and_sends(tmp_path):
 
 
 def test_a_rehearsal_of_thousands_of_ranks(tmp_path):
-    told = foretold("real", "dry=true", f"runs={tmp_path}", "experiment=llama3_405b")
+    few = ["mesh.zero=3", "train.global_batch=256"]  # two micro-batches a step
+    told = foretold("real", "dry=true", f"runs={tmp_path}", "experiment=llama3_405b", *few)
     assert "on 16384 × h100-sxm (pp 16 × dp_shard 128 × tp 8)" in told and "rank 15360: stages 15, 31" in told
