@@ -53,6 +53,7 @@ PRIORS = {
     "grouped_efficiency": Prior(0.85, 0.2),
     "early_gemm": Prior((1.0, 1.0, 0.9, 0.9, 0.9), 0.1),
     "burst": Prior(0.4, 0.5),  # the clock of a part below its power limit over that at it: 1.2 to 1.6
+    "alone": Prior(1.03, 0.05),
     "attention_efficiency": Prior(0.75, 0.2),
     "attention_backward": Prior(0.65, 0.2),
     "eager_attention": Prior((0.7, 0.7, 0.5, 0.5, 0.5), 0.2),  # FlashAttention-2 on an H100: 0.35 of the peak, -3: 0.75 (Shah et al. 2024)
@@ -76,6 +77,7 @@ class Rows(NamedTuple):
     numbers: Any  # columns of steps, operations of kernels, or kinds and bytes of collectives
     network: Network | None
     groups: Array
+    parts: Array  # of a source, each of which weighs as much as a source of steps: operations of kernels, devices of collectives
     folds: Array  # one of FOLDS for every row, the same for rows that differ only in what was measured
     measured: Array
     table: str
@@ -89,7 +91,8 @@ class Rows(NamedTuple):
         else:
             numbers = [self.numbers[i] for i in index] if plans else []
             network = Network(plans, replay.device_of(plans)) if self.network is not None and plans else None
-        return Rows(self.kind, plans, numbers, network, self.groups[index], self.folds[index], self.measured[index], self.table)
+        kept = (array[index] for array in (self.groups, self.parts, self.folds, self.measured))
+        return Rows(self.kind, plans, numbers, network, *kept, self.table)
 
     def predicted(self, values: Mapping[str, float]) -> Array:
         """Seconds of every row with these parameters."""
@@ -153,16 +156,19 @@ def rows_of(path: Path) -> Rows:
         kept = frame.index.get_indexer(index)
         numbers, network = replay.arrays(plans, frozen)
         groups, folds, seconds = groups[kept], folds[kept], seconds[kept]
+        parts = groups
     elif name == "collectives":
         told = [replay.collective(row) for row in replay.records(frame)]
         plans, numbers = [plan for plan, _, _ in told], [(kind, size) for _, kind, size in told]
         network, groups, seconds = Network(plans, replay.device_of(plans)), "collectives " + groups, seconds * 1e-6
+        parts = groups + np.array([f", {plan.ranks}" for plan in plans])
     else:
         rows = replay.records(frame)
         plans, numbers = [replay.kernel_plan(row) for row in rows], [replay.kernel(row) for row in rows]
         done = np.array([kernel.flops / (float(row["peak_tflops"]) * 1e12) for kernel, row in zip(numbers, rows, strict=True)])
         groups, seconds = "kernels " + groups, done / seconds
-    return Rows(name, plans, numbers, network, np.asarray(groups), folds, np.asarray(seconds), path.stem)
+        parts = groups + " " + frame["op"].to_numpy()
+    return Rows(name, plans, numbers, network, np.asarray(groups), np.asarray(parts), folds, np.asarray(seconds), path.stem)
 
 
 def _keys(frame: pd.DataFrame, measured: str) -> list[str]:
@@ -176,7 +182,7 @@ def solved(family: str, sets: list[Rows], start: Mapping[str, float] | None = No
     centre = np.log(list(_prior(family).values()))
     width = np.array([prior.width for prior in PRIORS.values()])
     most = np.array([0.0 if name in SHARES else np.inf for name in PRIORS])
-    weights = [_weights(rows.groups) for rows in sets]
+    weights = [_weights(rows.parts) for rows in sets]
 
     def residuals(x: Array) -> Array:
         values = dict(zip(PRIORS, np.exp(x).tolist(), strict=True))

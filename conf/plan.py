@@ -56,6 +56,7 @@ class Gpu(Node):
     host_launch: Seconds = say("time of the host to launch a kernel; many small ones wait for it", must=NOT_NEGATIVE)
     burst: float = say("by how much products of a moment exceed the rate of a training, which runs at its power limit", 0.0,
                        must=NOT_NEGATIVE)  # fmt: skip
+    alone: float = say("speed of kernels measured one by one over that in a training", 1.0, must=POSITIVE)
     overlap: float = say("share of the memory traffic of a kernel hidden behind its arithmetic, 0 to 1", must=SHARE)
     eager_attention: float = say("rate of torch's own attention kernel over that of the best one", 1.0, must=POSITIVE)
     tensor_overlap: float = say("share of tensor-parallel traffic hidden behind the matrix products around it, in fused code", 0.0,
