@@ -52,6 +52,9 @@ class Gpu(Node):
     attention_efficiency: float = say("rate of the attention kernel, forward, as a fraction of a large matrix product's", must=POSITIVE)
     attention_backward: float = say("the same, backward", must=POSITIVE)
     memory_efficiency: float = say("fraction of the memory bandwidth that element-wise kernels reach", must=POSITIVE)
+    calibrated: Optional[dict[str, list[int]]] = say(
+        "least and most m, n and k of products, tokens of an expert, sequence and head width that were measured", None
+    )
     launch: Seconds = say("smallest time of a kernel", must=NOT_NEGATIVE)
     host_launch: Seconds = say("time of the host to launch a kernel; many small ones wait for it", must=NOT_NEGATIVE)
     burst: float = say("by how much products of a moment exceed the rate of a training, which runs at its power limit", 0.0,

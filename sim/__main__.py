@@ -17,8 +17,9 @@ from conf.sweep import expand, varied
 from conf.units import show
 from sim import whatif
 from sim.expect import banded
-from sim.kernels import rates
+from sim.kernels import outside, rates
 from sim.life import live
+from sim.parallel import block_work, columns
 from sim.pretrain import pace, uncertain
 from sim.story import tell
 from sim.summary import spread, summary
@@ -75,7 +76,9 @@ def main(args: list[str]) -> int:
     if plan.gpu.memory < told["quantities"]["pretrain.peak_memory"]["value"]:
         print(misfit(plan, told), file=sys.stderr)
     again = [f"plan={options['plan']}"] * bool(options["plan"]) + overrides
-    print(json.dumps(told) if quiet else table(plan, told["quantities"]) + farewell(folder, again))
+    beyond = outside(plan, [work for stage in ("forward", "backward") for work in block_work(columns([plan]), stage)])
+    told |= {"outside_calibration": beyond} if beyond else {}
+    print(json.dumps(told) if quiet else table(plan, told["quantities"]) + _beyond(beyond) + farewell(folder, again))
     return 0
 
 
@@ -168,6 +171,10 @@ def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
         lines += ["", title] if known else []
         lines += [f"  {_words(name):22} {_shown(quantities[name]):24}{_published(plan, name)}".rstrip() for name in known]
     return "\n".join([*lines, "", "where the time goes", *_where(quantities)])
+
+
+def _beyond(beyond: list[str]) -> str:
+    return f"\n\noutside the calibrated range: {'; '.join(beyond)}" if beyond else ""
 
 
 def _size(parameters: float) -> str:

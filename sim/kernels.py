@@ -309,6 +309,24 @@ def attention(tokens: Any, seq: Any, width: Any, size: Any, stage: str, head: An
     return Work(f"attention.{stage}", factor * 2 * tokens * seq * width, factor * 4 * tokens * width * size, 2, chain=chain)
 
 
+def outside(plan: Plan, works: Sequence[Work]) -> list[str]:
+    """What of a plan's products and attention lies outside the range in which its device's kernels were measured.
+
+    Empty where nothing was, as of a device without such measurements: its rates come from whole steps.
+    """
+    found: dict[str, set[int]] = {"seq": {plan.train.seq_len}, "head": {plan.model.head_dim}}
+    for product in (product for work in works if np.any(work.times) for product in work.products):
+        single = np.all(np.asarray(product.matrices) == 1)
+        sizes = {"m": product.m, "n": product.n, "k": product.k} if single else {"expert": np.minimum(product.m, product.k)}
+        for name, size in sizes.items():
+            found.setdefault(name, set()).update(np.ravel(size).astype(int).tolist())
+    told = []
+    for name, (least, most) in (plan.gpu.calibrated or {}).items():
+        beyond = sorted(size for size in found.get(name, ()) if not least <= size <= most)
+        told += [f"{name}={', '.join(map(str, beyond))} (measured {least} to {most})"] if beyond else []
+    return told
+
+
 def moved(kind: str, elements: Any, size: Any, stage: str) -> Work:
     """An operation that only moves tensors of so many elements."""
     name = f"{kind}.{stage}"
