@@ -91,8 +91,8 @@ class Rows(NamedTuple):
         else:
             numbers = [self.numbers[i] for i in index] if plans else []
             network = Network(plans, replay.device_of(plans)) if self.network is not None and plans else None
-        kept = (array[index] for array in (self.groups, self.parts, self.folds, self.measured))
-        return Rows(self.kind, plans, numbers, network, *kept, self.table)
+        kept = {name: getattr(self, name)[index] for name in ("groups", "parts", "folds", "measured")}
+        return self._replace(plans=plans, numbers=numbers, network=network, **kept)
 
     def predicted(self, values: Mapping[str, float]) -> Array:
         """Seconds of every row with these parameters."""
@@ -153,7 +153,7 @@ def rows_of(path: Path) -> Rows:
     groups, seconds, numbers, network = frame["group"].to_numpy(), measured.to_numpy(), list[Any](), None
     if name == "step_time":
         plans, frozen, index = replay.plans_of(frame)
-        kept = frame.index.get_indexer(index)
+        kept = frame.index.get_indexer(pd.Index(index))
         numbers, network = replay.arrays(plans, frozen)
         groups, folds, seconds = groups[kept], folds[kept], seconds[kept]
         parts = groups
@@ -205,9 +205,15 @@ def solved(family: str, sets: list[Rows], start: Mapping[str, float] | None = No
         return full
 
     bounds = (np.full(len(free), -np.inf), most[free])
-    result = least_squares(lambda x: residuals(whole(x)), first[free], lambda x: slopes(whole(x))[:, free], bounds,
-                           xtol=1e-3, ftol=1e-3, max_nfev=12)  # fmt: skip
-    slope, error = slopes(whole(result.x))[:, free], width.copy()
+
+    def misses(x: Array) -> Array:
+        return residuals(whole(x))
+
+    def partial(x: Array) -> Array:
+        return np.asarray(slopes(whole(x))[:, free])
+
+    result = least_squares(misses, first[free], partial, bounds, xtol=1e-3, ftol=1e-3, max_nfev=12)
+    slope, error = partial(result.x), width.copy()
     error[free] = np.sqrt(np.diag(np.linalg.inv(slope.T @ slope)))
     names = list(PRIORS)
     values = dict(zip(names, np.exp(whole(result.x)).tolist(), strict=True))
@@ -231,7 +237,7 @@ def _folded(family: str, sets: list[Rows], best: Solved) -> Iterator[pd.DataFram
 
 def _without(family: str, name: str, how: str, sets: list[Rows], out: list[Array], best: Solved) -> Iterator[pd.DataFrame]:
     """Errors of some rows with the parameters of the others, and the half widths of their bands."""
-    others = [kept for rows, which in zip(sets, out, strict=True) if (kept := rows.of(~which)).plans]
+    others = [kept for rows, which in zip(sets, out, strict=True) if (kept := rows.of(np.logical_not(which))).plans]
     values = solved(family, others, best.values).values if others else _prior(family)
     for rows in (gone for rows, which in zip(sets, out, strict=True) if (gone := rows.of(which)).plans):
         mixed = [rows.kind == "step_time" and plan.model.moe.experts for plan in rows.plans]
@@ -252,7 +258,9 @@ def _told(left: pd.DataFrame) -> Iterator[str]:
     for name, part in parts.items():
         size, held = 100 * part["error"].abs(), np.log1p(part["error"]).abs() <= part["wide"]
         figures = [f"{figure:.1f}" for figure in (size.mean(), size.median(), size.quantile(0.95))]
-        lines.append((name, str(len(part)), *figures, f"{100 * part['error'].mean():+.1f}", f"{held.mean():.0%}", str(part["fitted"].max())))
+        lines.append(
+            (name, str(len(part)), *figures, f"{100 * part['error'].mean():+.1f}", f"{held.mean():.0%}", str(part["fitted"].max()))
+        )
     yield from aligned([head, *lines])
 
 

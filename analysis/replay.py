@@ -15,17 +15,18 @@ import pandas as pd
 from conf.arithmetic import flops_per_token
 from conf.plan import Mla, Model, Moe, Plan
 from conf.program import load
-from sim.kernels import Array, Device, Product, Work, attention, rates
+from sim.kernels import Array, Device, Product, Work, attention, beyond, rates
 from sim.memory import USABLE, held, memory
 from sim.network import VALIDATED, Network
 from sim.parallel import columns, predict
 
 # Name of the part, as a pattern, and its group options; servers as their maker ships them. The first that matches holds.
 PARTS = (
-    ("GB300", "gb300", "gb300_nvl72"), ("GB200", "gb200", "gb200_nvl72"), ("B300", "b300", "dgx_b300"), ("P6-B200", "b200", "aws_p6"), ("B200", "b200", "dgx_b200"),
-    ("H200", "h200_sxm", "dgx_h100"), ("H800", "h800", "deepseek_h800"), ("H100.*PCI", "h100_pcie", "dgx_h100"),
-    ("H100", "h100_sxm", "dgx_h100"), ("A100.*40", "a100_40", "dgx_a100"), ("A100", "a100_80", "dgx_a100"),
-    ("V100.*DGX-2", "v100_sxm", "dgx2_v100"), ("V100", "v100_sxm", "dgx_v100"), ("MI300", "mi300x", "mi300x_node"),
+    ("GB300", "gb300", "gb300_nvl72"), ("GB200", "gb200", "gb200_nvl72"), ("B300", "b300", "dgx_b300"),
+    ("P6-B200", "b200", "aws_p6"), ("B200", "b200", "dgx_b200"), ("H200", "h200_sxm", "dgx_h100"), ("H800", "h800", "deepseek_h800"),
+    ("H100.*PCI", "h100_pcie", "dgx_h100"), ("H100", "h100_sxm", "dgx_h100"), ("A100.*40", "a100_40", "dgx_a100"),
+    ("A100", "a100_80", "dgx_a100"), ("V100.*DGX-2", "v100_sxm", "dgx2_v100"), ("V100", "v100_sxm", "dgx_v100"),
+    ("MI300", "mi300x", "mi300x_node"),
 )  # fmt: skip
 
 # What a table's columns cannot say of a model, from its published configuration; a pattern for its name and the keys.
@@ -65,6 +66,7 @@ class Kernel(NamedTuple):
     flops: float
     work: Work
     calls: float
+    sizes: dict[str, set[int]]
 
 
 class Unplayable(ValueError):
@@ -135,7 +137,8 @@ def kernels_of(frame: pd.DataFrame) -> Replayed:
     plans, kernels, peaks, ops = (list(column) for column in zip(*found.values(), strict=True))
     efficiency = np.array([kernel.flops for kernel in kernels]) / alone(device_of(plans), kernels) / np.array(peaks)
     spread, names = [plan.gpu.error for plan in plans], [plan.gpu.name for plan in plans]
-    return Replayed(_table(list(found), efficiency, spread, 1.0, names, ops), failed)
+    out = ["; ".join(beyond(plan, kernel.sizes)) for plan, kernel in zip(plans, kernels, strict=True)]
+    return Replayed(_table(list(found), efficiency, spread, 1.0, names, ops).assign(outside=out), failed)
 
 
 def kernel(row: Mapping[str, Any]) -> Kernel:
@@ -152,7 +155,8 @@ def kernel(row: Mapping[str, Any]) -> Kernel:
         heads, seq, queries, values = (_count(row, name) for name in ("heads", "seq", "qk_head_dim", "v_head_dim"))
         wide, tokens = max(queries, values), seq * _count(row, "batch", 1)
         work = attention(tokens, seq, heads * wide, 2, stage, wide)
-        return Kernel(2 * work.flops * (queries + values) / (2 * wide), work, CALLS["attention"])
+        sizes = {"seq": {seq}, "head": {queries, values}}
+        return Kernel(2 * work.flops * (queries + values) / (2 * wide), work, CALLS["attention"], sizes)
     if op not in ("matmul", "group_matmul"):
         raise Unplayable(f"op={op} is not matmul, group_matmul, sdp_fwd or sdp_bwd")
     grouped, stage = op == "group_matmul", str(row.get("stage"))
@@ -165,7 +169,8 @@ def kernel(row: Mapping[str, Any]) -> Kernel:
     if grouped and stage == "bwd_grad_w":
         m, n, k = n, k, m
     flops, size = 2.0 * m * n * k * count, (2 * (m * k + n * k) + written * m * n * (1 + adds)) * count
-    return Kernel(flops, Work("matmul.forward", flops, size, 1, (Product(m, n, k, count),)), CALLS["expert"] * count * grouped)
+    sizes = {"expert": {_count(row, "m")}} if grouped else {"m": {m}, "n": {n}, "k": {k}}
+    return Kernel(flops, Work("matmul.forward", flops, size, 1, (Product(m, n, k, count),)), CALLS["expert"] * count * grouped, sizes)
 
 
 def alone(device: Device, kernels: list[Kernel]) -> Array:
@@ -210,8 +215,10 @@ def collective(row: Mapping[str, Any]) -> tuple[Plan, str, float]:
     if ranks % nodes:
         raise Unplayable(f"ranks={ranks} do not divide by nodes={nodes}")
     base = _base(*_part(row))
-    return base.but(cluster=base.cluster.but(nodes=nodes, gpus_per_node=ranks // nodes), mesh=base.mesh.but(dp_shard=ranks)), op, float(
-        _count(row, "bytes")
+    return (
+        base.but(cluster=base.cluster.but(nodes=nodes, gpus_per_node=ranks // nodes), mesh=base.mesh.but(dp_shard=ranks)),
+        op,
+        float(_count(row, "bytes")),
     )
 
 

@@ -271,6 +271,11 @@ class Product:
     k: Any
     matrices: Any = 1
 
+    def sizes(self) -> dict[str, Any]:
+        """What is held against a calibrated range: m, n and k, or the tokens of an expert."""
+        single = np.all(np.asarray(self.matrices) == 1)
+        return {"m": self.m, "n": self.n, "k": self.k} if single else {"expert": np.minimum(self.m, self.k)}
+
 
 @dataclass(frozen=True)
 class Work:
@@ -314,16 +319,19 @@ def outside(plan: Plan, works: Sequence[Work]) -> list[str]:
 
     Empty where nothing was, as of a device without such measurements: its rates come from whole steps.
     """
-    found: dict[str, set[int]] = {"seq": {plan.train.seq_len}, "head": {plan.model.head_dim}}
+    sizes: dict[str, set[int]] = {"seq": {plan.train.seq_len}, "head": {plan.model.head_dim}}
     for product in (product for work in works if np.any(work.times) for product in work.products):
-        single = np.all(np.asarray(product.matrices) == 1)
-        sizes = {"m": product.m, "n": product.n, "k": product.k} if single else {"expert": np.minimum(product.m, product.k)}
-        for name, size in sizes.items():
-            found.setdefault(name, set()).update(np.ravel(size).astype(int).tolist())
+        for name, size in product.sizes().items():
+            sizes.setdefault(name, set()).update(np.ravel(size).astype(int).tolist())
+    return beyond(plan, sizes)
+
+
+def beyond(plan: Plan, sizes: Mapping[str, set[int]]) -> list[str]:
+    """The same of some sizes, by their name in the device's table."""
     told = []
     for name, (least, most) in (plan.gpu.calibrated or {}).items():
-        beyond = sorted(size for size in found.get(name, ()) if not least <= size <= most)
-        told += [f"{name}={', '.join(map(str, beyond))} (measured {least} to {most})"] if beyond else []
+        out = sorted(size for size in sizes.get(name, ()) if not least <= size <= most)
+        told += [f"{name}={', '.join(map(str, out))} (measured {least} to {most})"] if out else []
     return told
 
 

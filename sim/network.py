@@ -82,7 +82,7 @@ class Network:
         """Bytes a second of a group on its way out of a domain, and of a pod where it reaches further."""
         out = self.nic * self.domain / np.minimum(stride, self.domain)
         far = self.nic * self.pod / self.oversubscription / np.minimum(stride, self.pod)
-        return np.where(reach <= self.pod, out, np.minimum(out, far))
+        return np.asarray(np.where(reach <= self.pod, out, np.minimum(out, far)))
 
     def latency(self, kind: str, reach: Array) -> Array:
         return np.where(reach > self.domain, self.nic_latency, self.device[f"latency.{kind}"])
