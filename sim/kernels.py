@@ -242,11 +242,16 @@ class Device:
         """Arithmetic of products, each in waves of its best tiles."""
         columns = [[getattr(product, name) for product in products] for name in ("m", "n", "k", "matrices")]
         m, n, k, matrices, rate = stacked(*columns, rates)
-        a, b = (np.array(side, float).reshape(-1, *[1] * m.ndim) for side in zip(*TILES, strict=True))
-        intensity, largest = a * b / (a + b), np.prod(TILES[0]) / np.sum(TILES[0])
-        share = intensity / (intensity + self["gemm_half"]) * (largest + self["gemm_half"]) / largest
-        waves = np.ceil(m / a) * np.ceil(n / b) * (matrices / self["units"])
-        best = np.min(np.maximum(1.0, 0.5 * (waves + np.ceil(waves))) * (a * b / share), axis=0)
+        each, half, best = matrices / self["units"], self["gemm_half"], None
+        for a, b in TILES:
+            waves = np.ceil(m / a) * np.ceil(n / b) * each
+            cost = np.ceil(waves)  # in place: these are the largest arrays of a step
+            cost += waves
+            np.maximum(cost, 2.0, out=cost)
+            cost *= a * b + (a + b) * half  # a b / e, but for what all tiles have in common
+            best = cost if best is None else np.minimum(best, cost, out=best)
+        largest = np.prod(TILES[0]) / np.sum(TILES[0])
+        best = best * (0.5 * largest / (largest + half))
         grouped = np.where(matrices > 1, self["grouped"], 1.0)
         return np.asarray(2 * best * (k + self["gemm_depth"]) * (k > 0) / (rate / self["units"] * grouped))
 

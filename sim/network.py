@@ -68,7 +68,7 @@ class Network:
 
     def bandwidth(self, kind: str, stride: Array, reach: Array) -> Array:
         """Bytes a second of one group whose members lie `stride` apart and that spans `reach` ranks."""
-        inside = self.inside(kind, reach / stride)
+        inside = self.inside(kind, reach / stride) if self.rings else self.device[f"link.{kind}"]
         return np.where(reach <= self.domain, inside, np.minimum(inside, self.outside(stride, reach)))
 
     def inside(self, kind: str, n: Array) -> Array:
@@ -93,9 +93,14 @@ class Network:
         if np.max(n) <= 1:
             return np.zeros(1)
         best = self.around(kind, n, stride, size)
-        if kind == "all_reduce" and np.isfinite(self.device["units"]).any():
-            for seconds in (self.tree(n, stride, size), self.switch(n, stride, size), self.layered(n, stride, size)):
-                best = np.minimum(best, np.where(np.isfinite(self.device["units"]), seconds, np.inf))
+        chosen = np.isfinite(self.device["units"])  # measured rates of a machine are those of its rings
+        if kind == "all_reduce" and chosen.any():
+            others, within = self.tree(n, stride, size), n * stride <= self.domain
+            if within.any():
+                others = np.minimum(others, self.switch(n, stride, size))
+            if not within.all():
+                others = np.minimum(others, self.layered(n, stride, size))
+            best = np.where(chosen, np.minimum(best, others), best)
         return np.where(n > 1, best, 0.0)
 
     def around(self, kind: str, n: Array, stride: Array, size: Any) -> Array:
