@@ -2,7 +2,7 @@
 
 A step is a tide: activations rise with the forward passes in flight and fall with the backward ones, while gradients rise. Which
 moment is the highest depends on the plan, so each that can be is added up, on the first, the second and the last rank of the pipeline
-(those between hold less than the second), and the fullest counts. What FSDP2 holds unsharded, and what torch's pipeline stages
+(which stands for those between), and the fullest counts. What FSDP2 holds unsharded, and what torch's pipeline stages
 receive into, is counted from the trainer's own code; with ZeRO below 3 from Megatron's.
 """
 
@@ -211,7 +211,8 @@ def _stage(p: Any, block: SimpleNamespace, rank: Any, eager: bool) -> SimpleName
     stages = p.pp * p.vpp
     ends = (p.layers % stages > 0) & ((p.layers + 2) % stages == 0)  # embedding and head count as layers
     first, last = np.equal(rank, 0), np.where(p.v_shaped, np.equal(rank, 0), np.equal(rank, p.pp - 1)) > 0
-    even = np.floor(p.layers * (rank + 1) / p.pp) - np.floor(p.layers * rank / p.pp)
+    between = np.greater(rank, 0) & np.less(rank, p.pp - 1)  # of those one has the most layers
+    even = np.where(between, np.ceil(p.layers / p.pp), np.floor(p.layers * (rank + 1) / p.pp) - np.floor(p.layers * rank / p.pp))
     layers = np.where(ends, (p.layers + 2) / p.pp - first - last, even)
     dense = np.where(p.pp > 1, np.clip(p.moe.dense_layers - rank * layers / p.vpp, 0, layers / p.vpp), p.moe.dense_layers)
     mixed = np.where(np.greater(p.moe.experts, 0), layers - dense, 0.0)
