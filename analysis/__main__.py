@@ -12,6 +12,7 @@ ACTIONS = {
     "experiments": "predict the published runs, beside what was published",
     "published": "predict a table of published measurements, and tell the errors",
     "fit": "fit the physical parameters of GPU families to tables of published measurements",
+    "reliability": "published failures and effective times, beside what other sources say of them",
     "sweep": "draw the points of a sweep",
     "report": "write both, with figures and assumptions, as one HTML page",
 }

@@ -11,6 +11,7 @@ from typing import Any, Self, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
+from conf.duration import Duration
 from conf.errors import nearest
 from conf.units import read, spell, unit_of
 
@@ -30,10 +31,13 @@ class Node:
     """A group of the plan. Text such as "400 Gbit/s" becomes a float on construction; then the node is whole."""
 
     def __post_init__(self) -> None:
-        for name, annotation in hints(type(self)).items():
+        template = any(getattr(self, name) == MISSING for name in self.__dataclass_fields__)  # for Hydra, which wants the text
+        for name, annotation in () if template else hints(type(self)).items():
             unit, value = unit_of(annotation), getattr(self, name)
-            if unit and isinstance(value, str) and value != MISSING:
-                object.__setattr__(self, name, read(value, unit))
+            if unit and isinstance(value, str):
+                object.__setattr__(self, name, _quantity(annotation, value))
+            elif varies(annotation) and isinstance(value, int | float):
+                object.__setattr__(self, name, Duration(float(value)))
         object.__setattr__(self, "_whole", True)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -56,6 +60,18 @@ class Node:
                 here[first] = value
         here |= {name: getattr(self, name).but(**inner) for name, inner in nested.items()}
         return dataclasses.replace(self, **here)
+
+
+def varies(annotation: Any) -> bool:
+    """Whether a field holds a duration that may vary."""
+    return Duration in getattr(annotation, "__metadata__", ()) or any(varies(a) for a in get_args(annotation) if not isinstance(a, str))
+
+
+def _quantity(annotation: Any, text: str) -> "float | Duration":
+    """The number, or the duration, that a quantity's text says."""
+    unit = unit_of(annotation)
+    assert unit is not None
+    return Duration.read(text) if varies(annotation) else read(text, unit)
 
 
 def hints(kind: type[Node]) -> dict[str, Any]:
@@ -123,7 +139,7 @@ def build_value(annotation: Any, value: Any, key: str, problems: list[str]) -> A
 def _plain(annotation: Any, value: Any, key: str, problems: list[str]) -> Any:
     unit, origin = unit_of(annotation), get_origin(annotation)
     if unit:
-        return read(str(value), unit)
+        return _quantity(annotation, str(value))
     if origin is dict:
         inner = get_args(annotation)[1]
         return {str(k): build_value(inner, v, f"{key}.{k}", problems) for k, v in dict(value).items()}
@@ -150,6 +166,8 @@ def _whole_number(value: Any) -> int:
 
 def plain(node: Any) -> Any:
     """The node as plain values that `build` accepts again: quantities spelt with their unit, exactly."""
+    if isinstance(node, Duration):
+        return node.spelt()
     if not isinstance(node, Node):
         if isinstance(node, dict):
             return {k: plain(v) for k, v in node.items()}

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Optional
 
+from conf.duration import Lasting
 from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, Node, say
 from conf.units import (
     BitRate,
@@ -87,6 +88,7 @@ class Cluster(Node):
     nodes: int = say("servers in the job, spares not counted", must=POSITIVE)
     gpus_per_node: int = say("devices, and so ranks, per server", must=POSITIVE)
     spares: int = say("servers kept idle to replace failed ones", must=NOT_NEGATIVE)
+    cold_spares: int = say("servers to be had that must boot first; they are not held before", 0, must=NOT_NEGATIVE)
     domain: Optional[int] = say("devices that the fast link joins (NVLink domain); null = those of a server", must=POSITIVE)
     pod_nodes: Optional[int] = say("servers that share a part of the fabric without oversubscription; null = all", must=POSITIVE)
     oversubscription: float = say("bandwidth of a pod's servers over that of the pod's way out; 1 = none", must=POSITIVE)
@@ -95,11 +97,17 @@ class Cluster(Node):
     nic_latency: Seconds = say("latency of one hop between servers", must=NOT_NEGATIVE)
     storage_write: ByteRate = say("write bandwidth of the checkpoint storage, whole cluster", must=POSITIVE)
     storage_read: ByteRate = say("read bandwidth of the checkpoint storage, whole cluster", must=POSITIVE)
+    local_bandwidth: Optional[ByteRate] = say("bandwidth of a server's own disks; null = it has none", None, must=POSITIVE)
     source: str = say("where the numbers come from")
 
     @property
     def ranks(self) -> int:
         return self.nodes * self.gpus_per_node
+
+    @property
+    def servers(self) -> int:
+        """All that can be in the job at some time, spares of both kinds included."""
+        return self.nodes + self.spares + self.cold_spares
 
     @property
     def domain_ranks(self) -> int:
@@ -304,23 +312,65 @@ class Checkpoint(Node):
     keep: int = say("newest checkpoints kept", must=POSITIVE)
     keep_every: int = say("steps between checkpoints that are kept for good; 0 = none", 0, must=NOT_NEGATIVE)
     asynchronous: bool = say("whether training goes on while a copy of the state is written", False)
+    local_every: int = say("steps between copies on the servers' own disks, lost with their server; 0 = none", 0, must=NOT_NEGATIVE)
+    memory_every: int = say("steps between copies in a neighbour's memory, lost when neighbours fall together; 0 = none", 0,
+                            must=NOT_NEGATIVE)  # fmt: skip
+    spoilt: float = say("share of checkpoints that prove unreadable, so that an older one is taken", 0.0, must=SHARE)
 
 
 @dataclass(kw_only=True)
 class Cause(Node):
-    per: str = say("what fails at this rate: job, node or gpu", must=("job", "node", "gpu"))
-    rate: Rate = say("failures per unit of time", must=NOT_NEGATIVE)
+    """What strikes the job. Rates are those of a machine in use."""
+
+    per: str = say("what fails at this rate: job, node, gpu, or switch (blast servers each)", must=("job", "node", "gpu", "switch"))
+    rate: Rate = say("failures per unit of time", must=POSITIVE)
     planned: bool = say("whether it is maintenance that was planned", False)
+    how: str = say("what it does: stop the job, hang it, corrupt it silently, or slow it for a while", "stop",
+                   must=("stop", "hang", "corrupt", "slow"))  # fmt: skip
+    silent: bool = say("whether a stop shows only in heartbeats that stay away, as a lost server's, and not in an exit", False)
+    shape: float = say("Weibull shape of the time between failures: 1 = no memory, below 1 = the young fail most", 1.0, must=POSITIVE)
+    blast: int = say("neighbouring servers that fall together; a server's own rate stays", 1, must=POSITIVE)
+    notice: Seconds = say("warning before it strikes, as of spot instances: long enough, the job saves first", "0 s", must=NOT_NEGATIVE)
+    factor: float = say("slow: time of a step over the usual", 1.0, must=POSITIVE)
+    lasts: Lasting = say("slow: for how long", "1 h")
+
+
+@dataclass(kw_only=True)
+class Spikes(Node):
+    """Loss spikes: the run goes back to a checkpoint before it and takes other data."""
+
+    every: float = say("mean steps from one loss spike to the next; 0 = none", 0.0, must=NOT_NEGATIVE)
+    rewind: int = say("least steps before the spike at which the run starts again", 100, must=NOT_NEGATIVE)
 
 
 @dataclass(kw_only=True)
 class Failures(Node):
+    """What strikes, and the way back up: detect → abort → diagnose → reallocate (or queue) → init → load → replay."""
+
     causes: dict[str, Cause] = say("rate of each cause that stops the job")
-    detect: Seconds = say("time to notice", must=NOT_NEGATIVE)
-    diagnose: Seconds = say("time to find the culprit", must=NOT_NEGATIVE)
-    reallocate: Seconds = say("time to swap in a spare", must=NOT_NEGATIVE)
-    init: Seconds = say("time to start all ranks", must=NOT_NEGATIVE)
-    repair: Seconds = say("mean time until a failed server is a spare again", must=NOT_NEGATIVE)
+    detect: Lasting = say("time to notice that a process has ended", must=NOT_NEGATIVE)
+    heartbeat: Optional[Lasting] = say("time to notice that heartbeats stay away; null = as detect", None, must=NOT_NEGATIVE)
+    timeout: Lasting = say("time after which a hanging collective is given up (torch's NCCL: 10 min)", "10 min", must=NOT_NEGATIVE)
+    score: Optional[Lasting] = say("time to find a slow server by its score and replace it; null = it is left alone", None,
+                                   must=NOT_NEGATIVE)  # fmt: skip
+    checksum: Lasting = say("time to find silent corruption, by checksums or a test of the devices", "1 d", must=NOT_NEGATIVE)
+    abort: Lasting = say("time to end the processes that are left", "0 s", must=NOT_NEGATIVE)
+    diagnose: Lasting = say("time to find the culprit", must=NOT_NEGATIVE)
+    reallocate: Lasting = say("time to swap in a spare", must=NOT_NEGATIVE)
+    boot: Lasting = say("time to boot a cold spare", "15 min", must=NOT_NEGATIVE)
+    init: Lasting = say("time to start all ranks", must=NOT_NEGATIVE)
+    repair: Lasting = say("time until a failed server is a spare again", must=NOT_NEGATIVE)
+    restart: str = say("who restarts: the whole job, or the replica (of mesh.dp_replicate) that a server belongs to", "job",
+                       must=("job", "replica"))  # fmt: skip
+    without_spare: str = say("wait for a repaired server, or shrink to the largest legal mesh until there is one", "wait",
+                             must=("wait", "shrink"))  # fmt: skip
+    frailty: float = say("variance of servers' own failure rates around their mean (gamma): above 0 some are lemons", 0.0,
+                         must=NOT_NEGATIVE)  # fmt: skip
+    lemons: float = say("share of servers that are lemons", 0.0, must=SHARE)
+    lemon_factor: float = say("failure rate of a lemon over that of the others", 1.0, must=POSITIVE)
+    infant: float = say("failure rate of servers on the first day over the later one", 1.0, must=POSITIVE)
+    infant_span: Seconds = say("time in which that excess falls to 1/e", "30 d", must=POSITIVE)
+    spikes: Spikes = say("loss spikes", Spikes)
     source: str = say("where the numbers come from")
 
 

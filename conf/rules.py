@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from conf.duration import Duration
 from conf.errors import nearest
 from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, leaves
 from conf.plan import SCHEDULES, Plan
@@ -21,17 +22,18 @@ def get(plan: Any, key: str) -> Any:
 
 def problems(plan: Plan) -> list[str]:
     """Every rule that the plan breaks, one line each: key and value, rule, cure."""
-    return [*meshless_problems(plan), *_pipeline(plan), *_experts(plan), *_mesh(plan)]
+    return [*meshless_problems(plan), *_pipeline(plan), *_experts(plan), *_mesh(plan), *_replicas(plan)]
 
 
 def meshless_problems(plan: Plan) -> list[str]:
     """The same for a plan whose mesh is still to be found."""
-    return [*_values(plan), *_shapes(plan), *_training(plan), *_world(plan), *_facts(plan)]
+    return [*_values(plan), *_shapes(plan), *_training(plan), *_failures(plan), *_world(plan), *_facts(plan)]
 
 
 def _values(plan: Plan) -> Iterator[str]:
     for key, value, field in leaves(plan):
         must = field.metadata["must"]
+        value = value.scale if isinstance(value, Duration) else value
         if value is None or must is None:
             continue
         if must == POSITIVE and not value > 0:
@@ -168,6 +170,31 @@ def _training(plan: Plan) -> Iterator[str]:
         yield "data.path and data.tokens are both null; name a corpus with data.path=…, or say how many tokens exist with data.tokens=…"
     if plan.data.path is not None and plan.data.tokens is not None:
         yield f"data.path={plan.data.path} and data.tokens={plan.data.tokens} contradict each other; set one of them to null"
+
+
+def _failures(plan: Plan) -> Iterator[str]:
+    cluster, checkpoint, steps = plan.cluster, plan.checkpoint, plan.train.steps
+    if cluster.spares > cluster.nodes:
+        yield f"cluster.spares={cluster.spares} exceeds cluster.nodes={cluster.nodes}; lower it, or raise cluster.nodes"
+    for name, cause in plan.failures.causes.items():
+        if cause.blast > cluster.nodes:
+            yield f"failures.causes.{name}.blast={cause.blast} exceeds cluster.nodes={cluster.nodes}; lower it"
+        if cause.how == "slow" and cause.factor < 1:
+            yield f"failures.causes.{name}.factor={cause.factor} makes steps faster; a slow server's factor is 1 or more, such as 1.06"
+    if plan.failures.causes and steps is not None and checkpoint.every > steps > 0:
+        yield f"checkpoint.every={checkpoint.every} is longer than the run, train.steps={steps}; lower it, or set 0 to save only at the end"
+    if checkpoint.local_every and cluster.local_bandwidth is None:
+        yield f"checkpoint.local_every={checkpoint.local_every} needs disks in the servers; set cluster.local_bandwidth, as in '10 GB/s'"
+    if checkpoint.memory_every and cluster.nodes == 1:
+        yield f"checkpoint.memory_every={checkpoint.memory_every} needs a neighbour's memory, but cluster.nodes=1; set it to 0"
+
+
+def _replicas(plan: Plan) -> Iterator[str]:
+    if plan.failures.restart == "replica":
+        inner = plan.dp_shard * plan.mesh.cp * plan.mesh.tp
+        if plan.mesh.dp_replicate < 2 or inner % plan.cluster.gpus_per_node:
+            rule = f"replicas of whole servers; mesh.dp_replicate={plan.mesh.dp_replicate} makes {inner} neighbouring ranks each"
+            yield f"failures.restart=replica needs {rule}; set mesh.dp_replicate=2 or more, or failures.restart=job"
 
 
 def _world(plan: Plan) -> Iterator[str]:

@@ -19,8 +19,9 @@ from sim import whatif
 from sim.expect import banded
 from sim.kernels import rates
 from sim.life import live
+from sim.lives import clocked, others
 from sim.memory import PARTS
-from sim.pretrain import pace, uncertain
+from sim.pace import pace
 from sim.room import line, verdict
 from sim.story import tell
 from sim.summary import spread, summary
@@ -36,6 +37,7 @@ foretold sim [options] [group=option] [key=value]   predict a plan
   foretold sim search=true experiment=llama3_405b          the best meshes for its model, cluster and batch, and why
   foretold sim events=true experiment=llama3_405b          one step event by event, with a timeline for Perfetto
   foretold sim replicas=20                       twenty seeds: the median, with the 10th and 90th percentile
+  foretold sim costs=true experiment=llama3_405b           what costs most: causes, spares, checkpoints, recovery
 """
 OPTIONS = {
     "plan": ("", "file of a plan that another command wrote; overrides still apply"),
@@ -44,12 +46,22 @@ OPTIONS = {
     "fast": ("false", "with -m: the runs in closed form instead of simulated lives, thousands of points in this process"),
     "search": ("false", "the best mesh for the plan's model, cluster and batch; mesh.… words pin a choice"),
     "events": ("false", "one step event by event instead of the run: both fidelities, and step.json for Perfetto"),
-    "replicas": ("1", "lives to simulate, one a seed; the first writes the record"),
+    "replicas": ("1", "lives to simulate, one a seed, over all cores; the first writes the record"),
+    "precision": ("", "lives until the means are known within this share, as in precision=0.01"),
+    "costs": ("false", "what costs most: every cause taken away, every knob turned, under the same faults"),
     "runs": ("runs", "folder of the records"),
 }
 SHOWN = {
     "a step": ("pretrain.step_time", "pretrain.tokens_per_s", "pretrain.mfu", "pretrain.peak_memory"),
-    "the run": ("run.wall_clock", "run.tokens", "pretrain.final_loss", "run.ettr", "run.interruptions"),
+    "the run": (
+        "run.wall_clock",
+        "run.tokens",
+        "pretrain.final_loss",
+        "run.ettr",
+        "run.interruptions",
+        "pretrain.checkpoint_interval",
+        "pretrain.best_interval",
+    ),
     "its price": ("run.gpu_hours", "run.cost", "run.energy", "run.peak_power", "run.carbon_location", "run.carbon_embodied", "run.water"),
 }
 NAMES = {"ettr": "effective time (ETTR)", "mfu": "MFU", "gpu_hours": "device-hours", "wall_clock": "wall clock"}
@@ -73,7 +85,9 @@ def main(args: list[str]) -> int:
     if options["vs"]:
         return versus(plan, load([*overrides, *words(options["vs"])], options["plan"]), options)
     folder = Path(options["runs"]) / plan.id / "sim"
-    told = predict(plan, folder, lives)
+    if flag(options, "costs"):
+        return costs(plan, lives, quiet)
+    told = predict(plan, folder, lives, share(options, "precision"))
     fits = verdict(plan)
     if not fits["fits"]:
         print(line(plan, fits), file=sys.stderr)
@@ -123,6 +137,31 @@ def one_step(plan: Plan, folder: Path, quiet: bool) -> int:
     return 0
 
 
+def costs(plan: Plan, lives: int, quiet: bool) -> int:
+    """What each cause and knob costs."""
+    from sim import sensitivity
+
+    found = sensitivity.gains(plan, lives)
+    print(json.dumps([vars(one) for one in found]) if quiet else sensitivity.table(found))
+    return 0
+
+
+def share(options: Mapping[str, str], name: str) -> float | None:
+    """A share above 0 that an option asks for, or None.
+
+    Raises Refused for anything else.
+    """
+    if not options[name]:
+        return None
+    try:
+        value = float(options[name])
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise Refused(f"{name}={options[name]} is no share between 0 and 1; write for example {name}=0.01")
+    return value
+
+
 def words(text: str) -> list[str]:
     try:
         return shlex.split(text)
@@ -144,14 +183,13 @@ def versus(one: Plan, other: Plan, options: Mapping[str, str]) -> int:
     return 0
 
 
-def predict(plan: Plan, folder: Path, lives: int = 1) -> dict[str, Any]:
+def predict(plan: Plan, folder: Path, lives: int = 1, precision: float | None = None) -> dict[str, Any]:
     """Simulate, write the record, return the summary."""
     step, speed = pace(plan), rates(plan)
-    first = live(plan, plan.seed, step, speed)
-    others = enumerate(uncertain(plan, lives - 1), 1)
-    told = [summary(first)] + [summary(live(plan, plan.seed + i, step.slowed(factor), speed)) for i, factor in others]
+    first, each = clocked(lambda: live(plan, plan.seed, step, speed))
+    told = others(plan, lives, precision, summary(first), each)
     tell(first, folder)
-    return summarise(folder, plan.id, "sim", spread(told) if lives > 1 else banded(plan, step, told[0]))
+    return summarise(folder, plan.id, "sim", spread(told) if len(told) > 1 else banded(plan, step, told[0]))
 
 
 def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
@@ -165,7 +203,7 @@ def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
         lines += ["", title] if known else []
         lines += [f"  {_words(name):22} {_shown(quantities[name]):24}{_published(plan, name)}".rstrip() for name in known]
         lines += [_parts(quantities)] if "pretrain.peak_memory" in known else []
-    return "\n".join([*lines, "", "where the time goes", *_where(quantities)])
+    return "\n".join([*lines, "", "where the time goes", *_where(quantities), *_struck(quantities)])
 
 
 def _parts(quantities: Mapping[str, Mapping[str, Any]]) -> str:
@@ -208,6 +246,16 @@ def _where(quantities: Mapping[str, Mapping[str, Any]]) -> list[str]:
     spent = {state: quantities[f"state.{state}"]["value"] for state in STATES if f"state.{state}" in quantities}
     shares = {state: seconds / sum(spent.values()) for state, seconds in sorted(spent.items(), key=lambda item: -item[1])}
     return [f"  {state:22} {share:6.1%}  {'█' * round(BAR * share)}".rstrip() for state, share in shares.items()]
+
+
+def _struck(quantities: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What struck, how often, and the wall clock that it cost."""
+    names = [name.removesuffix(".lost") for name in quantities if name.endswith(".lost")]
+    lost = sorted(((quantities[f"{name}.lost"], name) for name in names), key=lambda row: -row[0]["value"])
+    lines = [
+        f"  {name.removeprefix('cause-'):22} {_shown(quantities[f'{name}.interruptions']):24}{_shown(seconds)}" for seconds, name in lost
+    ]
+    return ["", "what struck, how often, and what the way back up took", *lines] if lines else []
 
 
 def farewell(folder: Path, overrides: list[str]) -> str:

@@ -54,36 +54,72 @@ def per_second(count: float, seconds: float) -> float:
 
 
 class Servers:
-    """The job's slots, the servers that fill them, the spares in the yard, and the workshop."""
+    """The job's slots, the servers that fill them, the spares in the yard, cold ones that must boot, and the workshop.
+
+    A slot's first server has the slot's own number, so only what changed is written down: a million servers cost nothing.
+    """
 
     def __init__(self, world: World) -> None:
         cluster = world.plan.cluster
-        self.world = world
-        self.slots = list(range(cluster.nodes))
-        self.empty: list[int] = []
+        self.world, self.nodes = world, cluster.nodes
+        self.away: set[int] = set()  # first servers that are not in their slot
+        self.guests: dict[int, int] = {}  # slot of each server that came later
+        self.empty: dict[int, int] = {}  # slots without a server, and who left each
         self.yard = simpy.Store(world.env)
         self.yard.items = list(range(cluster.nodes, cluster.nodes + cluster.spares))
+        self.cold = cluster.cold_spares
         self.hand: list[int] = []  # fetched from the yard, not yet in a slot
 
     @property
-    def short(self) -> bool:
-        """Whether the job lacks servers that nobody has fetched yet."""
-        return len(self.hand) < len(self.empty)
+    def short(self) -> int:
+        """Servers that the job lacks and nobody has fetched yet."""
+        return len(self.empty) - len(self.hand)
 
-    def fail(self, slot: int, cause: str, repair: float) -> int:
-        """Empty a slot and send its server to the workshop; returns the server's number."""
-        self.empty.append(slot)
-        self.world.env.process(self._mend(self.slots[slot], cause, repair))
-        return self.slots[slot]
+    def slot(self, server: int) -> int | None:
+        """The slot that a server fills, None when it is not in the job."""
+        if server < self.nodes and server not in self.away:
+            return server
+        return self.guests.get(server)
 
-    def _mend(self, server: int, cause: str, repair: float) -> Course[None]:
+    def fail(self, server: int, cause: str, repair: float) -> int:
+        """Empty a server's slot and send it to the workshop; returns the slot."""
+        slot = self.slot(server)
+        assert slot is not None, f"server {server} is not in the job"
+        self.guests.pop(server, None)
+        if server < self.nodes:
+            self.away.add(server)
+        self.empty[slot] = server
         now = self.world.now
         self.world.timeline.bars.append(Bar(cause, now, now + repair, "repair", f"server {server} in repair"))
-        yield self.world.env.timeout(repair)
-        self.world.event("cluster", "repaired", server=server)
-        yield self.yard.put(server)
+        done = self.world.env.timeout(repair, server)
+        assert done.callbacks is not None
+        done.callbacks.append(self._mended)
+        return slot
 
-    def fetch(self, patience: float) -> Course[None]:
+    def _mended(self, done: simpy.Event) -> None:
+        self.world.event("cluster", "repaired", server=done.value)
+        self.yard.put(done.value)
+
+    def take(self) -> bool:
+        """Take at once what the yard has, then cold spares; returns whether one of these must boot first."""
+        while self.short and self.yard.items:
+            self.hand.append(self.yard.items.pop(0))
+        booting = min(self.cold, self.short)
+        first = self.world.plan.cluster.servers - self.cold
+        self.hand += range(first, first + booting)
+        self.cold -= booting
+        return booting > 0
+
+    def one(self, boot: float) -> Course[int]:
+        """A single server: a spare, else a cold one that boots, else the next that is repaired."""
+        if self.yard.items or not self.cold:
+            got = yield self.yard.get()
+            return int(got)
+        self.cold -= 1
+        yield self.world.env.timeout(boot)
+        return self.world.plan.cluster.servers - self.cold - 1
+
+    def wait(self, patience: float) -> Course[None]:
         """Wait until every empty slot has a server at hand, or for `patience` seconds."""
         late = self.world.env.timeout(min(patience, 1e18))
         while self.short:
@@ -96,10 +132,16 @@ class Servers:
             self.hand.append(got.value)
 
     def fill(self) -> list[tuple[int, int]]:
-        """Put the servers at hand into the empty slots; returns pairs of the old and the new server."""
-        swapped = []
-        for slot, server in zip(self.empty, self.hand, strict=True):
-            swapped.append((self.slots[slot], server))
-            self.slots[slot] = server
-        self.empty, self.hand = [], []
-        return swapped
+        """Put the servers at hand into empty slots, the longest empty first; returns pairs of the old and the new server."""
+        pairs = list(zip(self.empty, self.hand, strict=False))
+        self.hand = []
+        return [(self.put(slot, server), server) for slot, server in pairs]
+
+    def put(self, slot: int, server: int) -> int:
+        """A server into an empty slot; returns the one that was there before."""
+        old = self.empty.pop(slot)
+        if server == slot:
+            self.away.discard(server)
+        else:
+            self.guests[server] = slot
+        return old

@@ -5,20 +5,24 @@ share of useful time is exact for that (renewal reward; Daly 2006 with failures 
 
     eta = rate tau / ((1 + rate down) (exp(rate (tau + save)) − 1)),   tau the work between checkpoints
 
-What only a simulated life knows is left out: waiting for spares, failures while coming up, the hour of the day, the data
-stages.
+A save that is only safe `later` after training went on costs a factor exp(−rate later): the fall is longer by that much.
+
+What only a simulated life knows is left out: waiting for spares, failures while coming up, stragglers, silent corruption, spikes,
+lemons, replicas that restart alone, smaller meshes, the hour of the day, the data stages.
 """
 
 import math
 from collections.abc import Mapping
 
-from conf.arithmetic import flops_per_token, state_bytes
+from conf.arithmetic import flops_per_token
 from conf.plan import Plan
 from conf.record import Value
+from sim.checkpoint import tiers
 from sim.failures import population, rate
 from sim.kernels import rates
+from sim.pace import Pace
 from sim.power import Meter
-from sim.pretrain import Pace
+from sim.recovery import detector
 from sim.summary import loss
 
 HOUR = 3600.0
@@ -28,13 +32,13 @@ EIGHTY = 1.2816  # standard deviations on either side of the mean that hold 80% 
 def expected(plan: Plan, pace: Pace) -> dict[str, float]:
     """Quantities of the run by name, means over lives."""
     speed, falls = rates(plan), rate(plan)
-    save, load = (float(state_bytes(plan.model)) / bandwidth for bandwidth in (speed.storage_write, speed.storage_read))
-    down = _down(plan, speed.init + load)
+    remote = tiers(plan, speed, pace.stride)[0]
+    down = _down(plan, speed.init + remote.load)
     budget = math.inf if plan.train.stop_after is None else plan.train.stop_after
     whole = math.inf if plan.train.steps is None else plan.train.steps * pace.stride
     work = min(plan.checkpoint.every * pace.stride if plan.checkpoint.every else math.inf, whole, budget)
-    pause = save + (work / (plan.train.evaluate_every * pace.stride) * pace.evaluate if plan.train.evaluate_every else 0.0)
-    eta = useful(falls, work, pause, down)
+    pause = remote.block + (work / (plan.train.evaluate_every * pace.stride) * pace.evaluate if plan.train.evaluate_every else 0.0)
+    eta = useful(falls, work, pause, down) * math.exp(-falls * remote.later)
     wall = min(speed.init + (whole / eta if eta else math.inf), budget)
     done = min(whole, max(0.0, wall - speed.init) * eta)
     tokens = done / pace.step_time * plan.tokens_per_step
@@ -53,7 +57,7 @@ def banded(plan: Plan, pace: Pace, told: Mapping[str, Value]) -> dict[str, Value
 
     The life is not lived again: what a slower or faster step does to a quantity is what it does to its mean.
     """
-    fast, slow = (math.exp(side * EIGHTY * plan.gpu.error) for side in (-1, 1))
+    fast, slow = (math.exp(side * EIGHTY * pace.error) for side in (-1, 1))
     usual, *sides = (expected(plan, pace.slowed(factor)) for factor in (1.0, fast, slow))
     shares = {name: sorted(side.get(name, 0.0) / mean for side in sides) for name, mean in usual.items() if mean}
     bands = {name: share for name, share in shares.items() if share[0] < share[1]}
@@ -75,12 +79,15 @@ def useful(falls: float, work: float, pause: float, down: float) -> float:
 
 def _down(plan: Plan, back: float) -> float:
     """Mean time from a failure to the next step: over causes, by their rates."""
-    total, failures = rate(plan), plan.failures
-    spent = 0.0
+    total, failures, spent = rate(plan), plan.failures, 0.0
     for cause in failures.causes.values():
-        noticed = 0.0 if cause.planned else failures.detect + failures.diagnose
-        swapped = 0.0 if cause.per == "job" else failures.reallocate
-        spent += cause.rate * population(plan, cause) * (noticed + swapped + back)
+        if cause.how == "slow":
+            continue
+        _, seen = detector(failures, cause)
+        noticed = seen.mean if seen and cause.how in ("stop", "hang") else 0.0
+        found = 0.0 if cause.planned else failures.diagnose.mean
+        swapped = 0.0 if cause.per == "job" else failures.reallocate.mean
+        spent += cause.rate * population(plan, cause) * (noticed + failures.abort.mean + found + swapped + back)
     return spent / total if total else 0.0
 
 

@@ -155,8 +155,8 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         encode_rate=pick("encode_rate", plan.tokenizer.encode_rate),
         storage_write=pick("storage_write", plan.cluster.storage_write),
         storage_read=pick("storage_read", plan.cluster.storage_read),
-        init=pick("init", plan.failures.init),
-        workers=pick("workers", 0.5 * plan.failures.init),
+        init=pick("init", plan.failures.init.mean),
+        workers=pick("workers", 0.5 * plan.failures.init.mean),
     )
 
 

@@ -1,6 +1,7 @@
 """A model's life, foretold: extract → dedup → tokens → pretrain, in one world with one clock."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -8,10 +9,11 @@ from conf.plan import Plan
 from sim.cluster import Course, World
 from sim.dedup import dedup, unique
 from sim.extract import corpus, extract
-from sim.failures import faults
+from sim.failures import faults, spikes
 from sim.kernels import Rates, rates
+from sim.pace import Pace, pace
 from sim.power import Footprint, Meter, footprint
-from sim.pretrain import Pace, Pretraining, pace
+from sim.pretrain import Pretraining
 from sim.timeline import Timeline
 from sim.tokens import tokens
 
@@ -26,8 +28,18 @@ class History:
     meter: Meter
     told: dict[str, dict[str, float]] = field(default_factory=dict)  # of each data stage
     steps: int = 0  # that counted
-    falls: dict[str, int] = field(default_factory=dict)
+    falls: Mapping[str, int] = field(default_factory=dict)  # by cause
+    lost: Mapping[str, float] = field(default_factory=dict)  # wall clock on the way back up and over old ground, by cause [s]
+    resized: bool = False
+    blocked: float = 0.0  # time that training waits for one checkpoint [s]
     trained: float = 0.0  # wall clock of pre-training [s]
+
+    @property
+    def planned(self) -> int:
+        """Interruptions that were planned."""
+        return sum(
+            count for name, count in self.falls.items() if name in self.plan.failures.causes and self.plan.failures.causes[name].planned
+        )
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -49,9 +61,11 @@ def _live(world: World, history: History, seed: int) -> Course[None]:
     if world.plan.data.path is not None:
         yield from _data(world, history)
     began = world.now
-    job = Pretraining(world, history.pace, faults(world.plan, seed))
+    job = Pretraining(world, history.pace, faults(world.plan, seed), spikes(world.plan, seed))
     yield from job.run()
-    history.steps, history.falls, history.trained = job.step, job.falls, world.now - began
+    history.steps, history.trained = job.step, world.now - began
+    history.falls, history.lost, history.resized = job.falls, job.lost, bool(job.shape.smaller.known)
+    history.blocked = job.checkpoints.remote.block
     world.event("run", "end")
 
 
@@ -82,7 +96,9 @@ def conserve(history: History) -> None:
     _same("time", sum(states.values()), ranks * wall)
     _same("energy", sum(meter.watts({state: 1.0}) * seconds / ranks for state, seconds in states.items()), foot.energy)
     _same("money", (sum(states.values()) + spares * wall) / 3600 * price, foot.cost[0])
-    assert useful <= new * (1 + 1e-9), f"steps that counted took {useful} rank-seconds, but only {new} were spent on new steps"
+    assert history.resized or useful <= new * (1 + 1e-9), (
+        f"steps that counted took {useful} rank-seconds, but only {new} were spent on new steps"
+    )
 
 
 def _same(what: str, one: float, other: float) -> None:

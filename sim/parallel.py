@@ -7,8 +7,8 @@ Arrays of plans in, arrays out; one plan is an array of length 1.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from operator import attrgetter
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -55,10 +55,15 @@ class Steps:
     bubble: Array
     optimizer: Array
     evaluate: Array  # seconds of one held-out evaluation
-    memory: Array  # bytes, peak on a rank
     mfu: Array
     tokens_per_s: Array
     error: Array  # standard deviation of log(predicted / measured) that steps like it had
+    plans: Any  # the numbers that they were predicted from
+
+    @cached_property
+    def memory(self) -> Array:
+        """Bytes, peak on a rank; weighed when it is asked for, because that takes as long as the step."""
+        return np.broadcast_to(memory(self.plans).total, self.step_time.shape)
 
 
 def columns(plans: Sequence[Plan]) -> Any:
@@ -135,8 +140,9 @@ def predict(p: Any, device: Device, network: Network) -> Steps:
     mfu = rate * flops_per_token(p, p.seq_len) / (p.peak * p.ranks)
     base = np.where(p.moe.experts > 0, device["mixture_error"], device["error"])
     error = np.hypot(base, device["host_error"] * part.waiting)
-    told = (step_time, compute, communication, bubble, optimizer, evaluate, memory(p).total, mfu, rate, error)
-    return Steps(*np.broadcast_arrays(*map(np.atleast_1d, told)))
+    told = (step_time, compute, communication, bubble, optimizer, evaluate, mfu, rate, error)
+    names = (field.name for field in fields(Steps) if field.name != "plans")
+    return Steps(**dict(zip(names, np.broadcast_arrays(*map(np.atleast_1d, told)), strict=True)), plans=p)
 
 
 def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:

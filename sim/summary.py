@@ -7,7 +7,9 @@ import numpy as np
 from conf.arithmetic import flops_per_token, parameters, state_bytes
 from conf.plan import Plan
 from conf.record import Value
+from sim.checkpoint import best_interval
 from sim.cluster import per_second
+from sim.failures import rate
 from sim.life import History
 from sim.memory import PARTS, memory
 from sim.parallel import columns
@@ -19,6 +21,8 @@ def summary(history: History) -> dict[str, Value]:
     told |= {f"pretrain.{name}": Value(value) for name, value in pretraining(history).items()}
     told |= {f"run.{name}": Value(value) for name, value in run(history).items()}
     told["run.cost"] = Value(*history.footprint.cost)
+    told |= {f"cause-{name}.interruptions": Value(count) for name, count in history.falls.items()}
+    told |= {f"cause-{name}.lost": Value(seconds) for name, seconds in history.lost.items()}
     told |= {f"state.{name}": Value(seconds) for name, seconds in history.timeline.states().items()}
     return told
 
@@ -36,6 +40,10 @@ def pretraining(history: History) -> dict[str, float]:
     }
     held = memory(columns([plan]))
     told |= {f"memory_{part}": float(held.part(part).max()) for part in PARTS}
+    if plan.checkpoint.every:
+        told["checkpoint_interval"] = plan.checkpoint.every * pace.stride
+    if (often := rate(plan)) and history.blocked:
+        told["best_interval"] = best_interval(history.blocked, 1 / often)
     tokens = plan.samples(history.steps) * plan.train.seq_len
     return told | ({"final_loss": loss(plan, tokens)} if plan.law.name != "none" and tokens else {})
 
@@ -60,7 +68,7 @@ def run(history: History) -> dict[str, float]:
         "goodput": per_second(tokens, trained) / pace.tokens_per_s,
         "ettr": per_second(history.steps * pace.stride, trained),
         "interruptions": sum(history.falls.values()),
-        "interruptions_unexpected": history.falls["unexpected"],
+        "interruptions_unexpected": sum(history.falls.values()) - history.planned,
         "tokens": tokens,
         "flops": tokens * float(flops_per_token(plan.model, plan.train.seq_len)),
         "gpu_hours": foot.gpu_hours,
@@ -84,7 +92,7 @@ def spread(lives: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
         return dict(lives[0])
     told = {}
     for name in dict.fromkeys(name for life in lives for name in life):
-        values = [life.get(name, Value(0.0)) for life in lives if name in life or name.startswith("state.")]
+        values = [life.get(name, Value(0.0)) for life in lives if name in life or name.startswith(("state.", "cause-"))]
         low = np.quantile([v.value if v.low is None else v.low for v in values], 0.1)
         high = np.quantile([v.value if v.high is None else v.high for v in values], 0.9)
         told[name] = Value(float(np.median([v.value for v in values])), float(low), float(high))

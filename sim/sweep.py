@@ -20,7 +20,7 @@ from conf.schema import keys
 from conf.sweep import bare, deal, varied
 from conf.units import show
 from sim.expect import expected
-from sim.pretrain import paces
+from sim.pace import paces
 
 Row: TypeAlias = dict[str, Any]  # point, the varied overrides, plan, then quantities; or problem
 SHOWN = ("pretrain.step_time", "pretrain.mfu", "pretrain.peak_memory", "run.wall_clock", "run.tokens", "run.ettr", "run.cost",

@@ -4,11 +4,15 @@ A tape on which every stretch of time is written once. A stretch that leaves a g
 at once, not found at the end in a sum that is off.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from conf.record import STATES
+
+KNOWN = frozenset(STATES)
+WHOLLY: Mapping[str, Mapping[str, float]] = {state: {state: 1.0} for state in STATES}  # all ranks in one state
 
 
 class Segment(NamedTuple):
@@ -55,7 +59,7 @@ class Timeline:
     def spend(self, stage: str, mix: Mapping[str, float], start: float, stop: float, step: int | None = None) -> None:
         """All ranks spent [start, stop] in these states."""
         assert start == self.until, f"a stretch starts at {start}, the tape ends at {self.until}"
-        assert stop >= start and mix.keys() <= set(STATES), (stage, mix, start, stop)
+        assert stop >= start and mix.keys() <= KNOWN, (stage, mix, start, stop)
         if stop > start:
             self.segments.append(Segment(stage, start, stop, mix, step))
             self.until = stop
@@ -64,9 +68,15 @@ class Timeline:
         self.happenings.append(Happening(at, stage, event, step, detail))
 
     def states(self) -> dict[str, float]:
-        """Rank-seconds by state."""
+        """Rank-seconds by state; a run has thousands of stretches and a handful of mixes."""
+        spent: dict[int, tuple[Mapping[str, float], list[float]]] = {}
+        for _, start, stop, mix, _ in self.segments:
+            key = id(mix)
+            if key not in spent:
+                spent[key] = (mix, [])
+            spent[key][1].append(stop - start)
         totals: dict[str, float] = defaultdict(float)
-        for segment in self.segments:
-            for state, share in segment.mix.items():
-                totals[state] += share * (segment.stop - segment.start) * self.ranks
+        for mix, seconds in spent.values():
+            for state, share in mix.items():
+                totals[state] += share * math.fsum(seconds) * self.ranks
         return dict(totals)

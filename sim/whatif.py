@@ -7,7 +7,7 @@ from conf.plan import Plan
 from conf.record import STATES
 from conf.units import show
 from sim.failures import rate
-from sim.pretrain import Pace
+from sim.pace import Pace
 
 SHOWN = ("pretrain.step_time", "pretrain.tokens_per_s", "pretrain.mfu", "pretrain.peak_memory", "pretrain.final_loss", "run.wall_clock",
          "run.tokens", "run.ettr", "run.interruptions", "run.gpu_hours", "run.cost", "run.energy", "run.carbon_location")  # fmt: skip

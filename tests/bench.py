@@ -308,9 +308,10 @@ def sim() -> None:
 
 
 if __name__ == "__main__":
+    from tests.bench_life import forms, life
     from tests.bench_step import accuracy, step
 
-    every = {bench.__name__: bench for bench in (sim, step, accuracy, bookkeeping, trainers, saving, prediction, gpu)}
+    every = {bench.__name__: bench for bench in (sim, life, forms, step, accuracy, bookkeeping, trainers, saving, prediction, gpu)}
     for name in sys.argv[1:] or [name for name in every if name != "gpu"]:
         print(f"\n== {name}")
         every[name]()

@@ -8,8 +8,8 @@ import pytest
 from analysis.experiments import markdown, rows
 from conf.program import load
 from conf.schema import choices
+from sim.pace import pace
 from sim.parallel import steps
-from sim.pretrain import pace
 from sim.whatif import changed, parts
 
 README = Path(__file__).parents[1] / "README.md"

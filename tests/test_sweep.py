@@ -11,7 +11,7 @@ from conf.program import load
 from conf.sweep import deal, expand
 from sim.expect import expected, useful
 from sim.life import live
-from sim.pretrain import pace, paces
+from sim.pace import pace, paces
 from sim.summary import run
 
 FAILING = ["experiment=olmo2_7b", "train.steps=2000000", "failures=cloud_immature", "cluster.spares=64", "checkpoint.every=5000"]

@@ -18,8 +18,9 @@ from sim.expect import banded
 from sim.failures import Fault, faults
 from sim.kernels import Rates, rates
 from sim.life import History, live
+from sim.pace import Pace, pace, uncertain
 from sim.power import carbon
-from sim.pretrain import Pace, Pretraining, pace, uncertain
+from sim.pretrain import Pretraining
 from sim.story import tell
 from sim.summary import spread, summary
 
@@ -181,10 +182,10 @@ def test_the_last_step_before_the_deadline_is_whole(laptop: Plan) -> None:
 def test_the_whole_log_of_a_small_disaster(laptop: Plan) -> None:
     """Two servers and one spare: the second fault finds no spare, the third strikes on the way up."""
     plan = failing(laptop, 1e9, "node", **{"cluster.nodes": 2, "cluster.spares": 1, "train.steps": 30, "checkpoint.every": 10})
-    plan = plan.but(**{"failures.detect": 3.0, "failures.diagnose": 2.0, "failures.reallocate": 1.0})
+    plan = plan.but(**{"failures.detect": 3.0, "failures.diagnose": 2.0, "failures.reallocate": 1.0, "failures.repair": 60.0})
     plan = plan.but(**{"failures.causes": plan.failures.causes | {"software": Cause(per="job", rate=1e-9)}})
     world = World(plan, speeds(plan, save=1.0, load=4.0, init=5.0))
-    storm = [Fault(20.0, "fault", 1, 60.0), Fault(50.0, "fault", 0, 500.0), Fault(52.0, "fault", 0, 9.0), Fault(88.0, "software", 0, 0.0)]
+    storm = [Fault(20.0, "fault", 1), Fault(50.0, "fault", 0), Fault(52.0, "fault", 0), Fault(88.0, "software", 0)]
     job = Pretraining(world, SECOND, iter(storm))
     world.env.run(until=world.env.process(job.run()))
     assert [(h.at, h.event, h.step) for h in world.timeline.happenings] == [
@@ -202,6 +203,7 @@ def test_the_whole_log_of_a_small_disaster(laptop: Plan) -> None:
         (88.0, "failure", 20),  # while loading; no server is lost
         (91.0, "detection", 20),
         (102.0, "restart", 20),
+        (110.0, "repaired", None),
         (113.0, "checkpoint", 30),
         (113.0, "end", 30),
     ]
@@ -212,7 +214,7 @@ def test_the_whole_log_of_a_small_disaster(laptop: Plan) -> None:
     seconds = {state: s / plan.ranks for state, s in world.timeline.states().items()}
     assert seconds["replay"] == pytest.approx(4.0 + 4.0) and seconds["queue"] == 25.0
     assert sum(seconds[s] for s in SECOND.mix) == pytest.approx(30.0)
-    assert job.falls == {"planned": 0, "unexpected": 3}
+    assert job.falls == {"fault": 2, "software": 1}
 
 
 def test_a_planned_stop_needs_no_detective(laptop: Plan) -> None:
@@ -325,7 +327,7 @@ def test_the_error_of_the_step_model_reaches_every_quantity_that_it_moves():
     step = pace(plan)
     told = summary(live(plan, plan.seed, step))
     bands = banded(plan, step, told)
-    width = math.exp(1.2816 * plan.gpu.error)
+    width = math.exp(1.2816 * step.error)
     step_time, tokens, memory = (bands[name] for name in ("pretrain.step_time", "run.tokens", "pretrain.peak_memory"))
     assert step_time == pytest.approx((step.step_time, step.step_time / width, step.step_time * width))
     assert tokens.high / tokens.value == pytest.approx(width, rel=0.05)  # 54 days hold fewer of longer steps
@@ -333,13 +335,13 @@ def test_the_error_of_the_step_model_reaches_every_quantity_that_it_moves():
     fixed = plan.but(train=plan.train.but(steps=100_000, stop_after=None))
     wall = banded(fixed, step, summary(live(fixed, plan.seed, step)))["run.wall_clock"]
     assert wall.high / wall.value == pytest.approx(width, rel=0.05)
-    sure = plan.but(gpu=plan.gpu.but(error=0.0))
-    assert banded(sure, step, told) == told
+    assert banded(plan, replace(step, error=0.0), told) == told
 
 
 def test_lives_spread_over_the_step_models_error():
     plan = load(["experiment=llama3_405b"])
-    factors = np.log(uncertain(plan, 1001)) / plan.gpu.error
+    error = pace(plan).error
+    factors = np.log(uncertain(plan, 1001, error)) / error
     assert np.mean(factors) == pytest.approx(0, abs=1e-9) and np.std(factors) == pytest.approx(1, rel=0.01)
     assert np.quantile(factors, 0.9) == pytest.approx(1.2816, rel=0.01)
-    assert abs(np.corrcoef(factors, np.arange(1001))[0, 1]) < 0.1 and uncertain(plan, 0) == []
+    assert abs(np.corrcoef(factors, np.arange(1001))[0, 1]) < 0.1 and uncertain(plan, 0, error) == []
