@@ -153,7 +153,7 @@ def _sharded(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Mom
     second = np.where(several, added - FP32 * head, FP32 * unit) * alone + tied
     final = (several * FP32 * (unit + table - head) + FP32 * unit) * alone + tied
     copies = np.where((p.tp > 1) | (p.pp > 1), 3 * FP32 + size, 3 * FP32)  # logits as they are, where the loss does not own them
-    late = size * (table + (stage.held - table) / p.vpp) * (p.parted * ~np.equal(p.dual, 1))  # gradients of weights, not yet added
+    late = size * (stage.head + (stage.held - table) / p.vpp) * (p.parted * ~np.equal(p.dual, 1))  # gradients of weights, not yet added
     acts, reduced = stage.activations, state + FP32 * stage.shard
     back = {"gathered": around, "activations": acts}
     fewer = back | {"activations": acts - block.kept, "working": alone * block.working}
@@ -235,6 +235,6 @@ def _stage(p: Any, block: SimpleNamespace, rank: Any, eager: bool) -> SimpleName
         logits=logits, outputs=np.where(p.gpipe, (p.accumulation - 1) * (FP32 + p.size), late) * logits,
         ends=last * block.tokens * p.hidden * (1 + 1 / p.tp) * p.size,  # inputs of the last norm and of the head
         activations=flight * kept + passed, a_pass=kept, steady=p.accumulation * p.vpp > flight,
-        waits=flight * kept + wait * each * block.waits + passed,
+        waits=(flight - (p.v_shaped & np.equal(rank, p.pp - 1))) * kept + wait * each * block.waits + passed,
         messages=p.accumulation * message * np.where(p.v_shaped, 4 - 2 * first, 2 * p.vpp - 1.0 * first - last),
     )  # fmt: skip
