@@ -153,12 +153,15 @@ def _sharded(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Mom
     second = np.where(several, added - FP32 * head, FP32 * unit) * alone + tied
     final = (several * FP32 * (unit + table - head) + FP32 * unit) * alone + tied
     copies = np.where((p.tp > 1) | (p.pp > 1), 3 * FP32 + size, 3 * FP32)  # logits as they are, where the loss does not own them
-    late = size * (stage.head + (stage.held - table) / p.vpp) * (p.parted * ~np.equal(p.dual, 1))  # gradients of weights, not yet added
+    # Gradients of weights wait in half precision for the next inputs' backward pass of their stage: all before it, one stage's at the loss.
+    split, blocks_held = p.parted * ~np.equal(p.dual, 1), size * (stage.held - table)
+    late = (size * stage.head + blocks_held / p.vpp) * split
     acts, reduced = stage.activations, state + FP32 * stage.shard
     back = {"gathered": around, "activations": acts}
     fewer = back | {"activations": acts - block.kept, "working": alone * block.working}
     moments = [
-        back | {"gradients": first + size * block.down, "working": block.working, "state": state + shard * head},
+        back | {"gradients": first + np.maximum(size * block.down, split * blocks_held), "working": block.working,
+                "state": state + shard * head},
         back | {"gradients": first + size * block.feed, "working": block.attending, "activations": acts - block.freed, "state": state},
         fewer | {"gradients": second + size * block.down, "state": state + shard * (head + unit)},
         fewer | {"gradients": final + size * block.down, "activations": alone * block.kept, "state": reduced},
