@@ -371,7 +371,7 @@ class Failures(Node):
                          must=NOT_NEGATIVE)  # fmt: skip
     lemons: float = say("share of servers that are lemons", 0.0, must=SHARE)
     lemon_factor: float = say("failure rate of a lemon over that of the others", 1.0, must=POSITIVE)
-    infant: float = say("failure rate of servers on the first day over the later one", 1.0, must=POSITIVE)
+    infant: float = say("failure rate of new servers over that of old ones, for causes of shape 1", 1.0, must=POSITIVE)
     infant_span: Seconds = say("time in which that excess falls to 1/e", "30 d", must=POSITIVE)
     spikes: Spikes = say("loss spikes", Spikes)
     source: str = say("where the numbers come from")

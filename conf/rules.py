@@ -180,8 +180,12 @@ def _failures(plan: Plan) -> Iterator[str]:
     for name, cause in plan.failures.causes.items():
         if cause.blast > cluster.nodes:
             yield f"failures.causes.{name}.blast={cause.blast} exceeds cluster.nodes={cluster.nodes}; lower it"
+        if cause.per == "job" and cause.shape != 1:
+            yield f"failures.causes.{name}.shape={cause.shape} is a machine's age; what strikes the job has none: set 1, or per=node"
         if cause.how == "slow" and cause.factor < 1:
             yield f"failures.causes.{name}.factor={cause.factor} makes steps faster; a slow server's factor is 1 or more, such as 1.06"
+    if plan.failures.infant < 1:
+        yield f"failures.infant={plan.failures.infant} would make new machines the better ones; it must be 1 or more"
     if plan.failures.causes and steps is not None and checkpoint.every > steps > 0:
         yield f"checkpoint.every={checkpoint.every} is longer than the run, train.steps={steps}; lower it, or set 0 to save only at the end"
     if checkpoint.local_every and cluster.local_bandwidth is None:

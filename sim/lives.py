@@ -28,7 +28,7 @@ BRIEF = 1.0  # seconds of work below which other processes are not worth their s
 
 def spread_out(work: Callable[[T], R], tasks: Sequence[T], each: float) -> list[R]:
     """The work on every task, in their order; over all cores where it is enough. `each` is the time [s] that one takes."""
-    cores = min(len(os.sched_getaffinity(0)), len(tasks))
+    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(tasks))
     if cores < 2 or each * len(tasks) < BRIEF or multiprocessing.current_process().daemon:
         return [work(task) for task in tasks]
     chunk = max(1, min(16, len(tasks) // (4 * cores)))
@@ -46,12 +46,13 @@ def others(plan: Plan, count: int, precision: float | None, first: Mapping[str, 
 
     Every batch is spread over the step model's error, and has seeds of its own.
     """
-    work = partial(_life, plan, pace(plan), rates(plan))
+    step = pace(plan)
+    work = partial(_life, plan, step, rates(plan))
     told: list[Mapping[str, Value]] = [first]
     goal = count if precision is None else max(count, LEAST)
     while len(told) < goal:
         new = goal - len(told)
-        told += spread_out(work, [(plan.seed + len(told) + i, factor) for i, factor in enumerate(uncertain(plan, new))], each)
+        told += spread_out(work, [(plan.seed + len(told) + i, factor) for i, factor in enumerate(uncertain(plan, new, step.error))], each)
         if precision is not None and interval(told) > precision:
             goal = 2 * len(told)
         if goal > MOST:

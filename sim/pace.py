@@ -21,6 +21,7 @@ class Pace:
     memory: float  # peak on a rank [B]
     mfu: float
     tokens_per_s: float
+    error: float = 0.0  # standard deviation of the logarithm of step_time: how far off predictions of such steps have been
     fullness: float = 1.0  # mean batch over the full one: less than 1 where the batch warms up
     arithmetic: float = 1.0  # share of compute in matrix products and attention
     stalled: float = 0.0  # share of compute in waiting for the host; the rest moves tensors
@@ -44,9 +45,9 @@ def paces(plans: Sequence[Plan]) -> list[Pace]:
     found = []
     for i, (parts, total) in enumerate(zip(seconds.T, seconds.sum(axis=0), strict=True)):
         mix = {name: float(part / total) for name, part in zip(names, parts, strict=True) if part > 0}
-        evaluate, memory, mfu, rate = (float(column[i]) for column in (s.evaluate, s.memory, s.mfu, s.tokens_per_s))
+        evaluate, memory, mfu, rate, error = (float(column[i]) for column in (s.evaluate, s.memory, s.mfu, s.tokens_per_s, s.error))
         busy = (float(part[i] / s.compute[i]) for part in (s.arithmetic, s.stalled))
-        found.append(Pace(float(s.step_time[i]), mix, evaluate, memory, mfu, rate, _fullness(plans[i]), *busy))
+        found.append(Pace(float(s.step_time[i]), mix, evaluate, memory, mfu, rate, error, _fullness(plans[i]), *busy))
     return found
 
 
@@ -61,8 +62,8 @@ def pace(plan: Plan) -> Pace:
     return paces([plan])[0]
 
 
-def uncertain(plan: Plan, lives: int) -> list[float]:
+def uncertain(plan: Plan, lives: int, error: float) -> list[float]:
     """How many times as long as predicted the steps of some lives may be: spread evenly over the step model's error, in an
     order that has nothing to do with the lives' faults."""
     even = [NormalDist(0.0, 1.0).inv_cdf((i + 0.5) / lives) for i in range(lives)]
-    return [math.exp(plan.gpu.error * deviation) for deviation in np.random.default_rng(plan.seed).permutation(even)]
+    return [math.exp(error * deviation) for deviation in np.random.default_rng(plan.seed).permutation(even)]

@@ -96,8 +96,8 @@ def f7(draw: np.random.Generator) -> Setting:
 
 
 def f8(draw: np.random.Generator) -> Setting:
-    """K replicas that restart alone: 1 / (1 + rate R / K) × 1 / (1 + rate d)."""
-    count, outage, stall = int(draw.integers(4, 33)), float(draw.uniform(20, 400)), float(draw.uniform(1, 20))
+    """K replicas that restart alone: 1 / (1 + rate R / K) × 1 / (1 + rate d). Enough of them that never all are out at once."""
+    count, outage, stall = int(draw.integers(8, 33)), float(draw.uniform(20, 200)), float(draw.uniform(1, 20))
     mtbf, outage, stall = 2000.0, 10 * outage, 5 * stall  # long beside a step, of which a failure tears half
     plan = base().but(**{"cluster.nodes": count, "cluster.spares": count, "mesh.dp_replicate": count, "mesh.dp_shard": 2})
     plan = one_cause(plan, mtbf, "node", **{"failures.restart": "replica", "failures.detect": stall, "failures.diagnose": outage,

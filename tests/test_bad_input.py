@@ -35,6 +35,8 @@ def one_line(err: str) -> str:
         (["sim", "failures.detect='2 min normal'"], "'2 min normal' is no duration; write '2 min', '2 min exponential' or"),
         (["sim", "failures.detect='-2 min'"], "failures.detect=-120.0 must not be negative"),
         (["sim", "failures.detect='2 min lognormal -1'"], "the sigma of a duration must not be negative"),
+        (["sim", "failures.infant=0.5"], "failures.infant=0.5 would make new machines the better ones; it must be 1 or more"),
+        (["sim", "failures=llama3", "failures.causes.hang.shape=2"], "shape=2.0 is a machine's age; what strikes the job has none"),
         (["sim", "cluster.spares=40"], "cluster.spares=40 exceeds cluster.nodes=1; lower it, or raise cluster.nodes"),
         (["sim", "failures=mature", "checkpoint.every=5000"], "checkpoint.every=5000 is longer than the run, train.steps=1000; lower it"),
         (["sim", "experiment=llama3_405b", "checkpoint.every=2000000"], "longer than train.stop_after=54 d; lower it, or set 0"),

@@ -13,9 +13,8 @@ ARROWS = {"conf": set(), "sim": {"conf"}, "real": {"conf"}, "analysis": {"conf",
 HOMES = {"simpy": {"sim"}, "torch": {"real"}, "matplotlib": {"analysis"}, "hydra": {"conf"}, "omegaconf": {"conf"}}
 # Modules without a twin; ARCHITECTURE.md says why for each.
 ALONE = {
-    "sim": {"feed", "clocks", "grid", "load", "money",
-            "failures", "story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
-            "room", "recovery", "storm", "replica", "elastic", "pace", "lives", "sensitivity"},
+    "sim": {"failures", "story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
+            "room", "recovery", "storm", "replica", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
         "attention", "bigram", "collectives", "data", "dry", "fp8", "huggingface", "initial", "layers", "loss", "measure", "model", "moe",
         "muon", "optim", "pipeline", "progress", "slurm", "stage", "trainer",

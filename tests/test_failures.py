@@ -1,5 +1,7 @@
 """What strikes, and the way back up: the weather's laws, the whole log of a recovery, and where mathematics knows the answer."""
 
+import doctest
+import importlib
 import math
 import runpy
 from collections import Counter
@@ -277,6 +279,12 @@ def test_whatever_goes_wrong_time_energy_money_and_steps_add_up(seed: int):
     assert sum(life.lost.values()) < life.trained
     again = live(plan, seed, replace(SECOND, evaluate=3.0), replace(speeds(plan, 4.0), init=5.0))
     assert again.timeline.segments == life.timeline.segments and again.timeline.happenings == life.timeline.happenings
+
+
+@pytest.mark.parametrize("name", ["conf.duration", "sim.checkpoint", "sim.expect", "sim.failures", "sim.recovery", "analysis.reliability"])
+def test_the_numbers_in_docstrings(name: str):
+    tried = doctest.testmod(importlib.import_module(name))
+    assert tried.attempted > 0 == tried.failed
 
 
 # -- where mathematics knows the answer

@@ -334,7 +334,7 @@ def test_the_error_of_the_step_model_reaches_every_quantity_that_it_moves():
     step = pace(plan)
     told = summary(live(plan, plan.seed, step))
     bands = banded(plan, step, told)
-    width = math.exp(1.2816 * plan.gpu.error)
+    width = math.exp(1.2816 * step.error)
     step_time, tokens, memory = (bands[name] for name in ("pretrain.step_time", "run.tokens", "pretrain.peak_memory"))
     assert step_time == pytest.approx((step.step_time, step.step_time / width, step.step_time * width))
     assert tokens.high / tokens.value == pytest.approx(width, rel=0.05)  # 54 days hold fewer of longer steps
@@ -342,13 +342,13 @@ def test_the_error_of_the_step_model_reaches_every_quantity_that_it_moves():
     fixed = plan.but(train=plan.train.but(steps=100_000, stop_after=None))
     wall = banded(fixed, step, summary(live(fixed, plan.seed, step)))["run.wall_clock"]
     assert wall.high / wall.value == pytest.approx(width, rel=0.05)
-    sure = plan.but(gpu=plan.gpu.but(error=0.0))
-    assert banded(sure, step, told) == told
+    assert banded(plan, replace(step, error=0.0), told) == told
 
 
 def test_lives_spread_over_the_step_models_error():
     plan = load(["experiment=llama3_405b"])
-    factors = np.log(uncertain(plan, 1001)) / plan.gpu.error
+    error = pace(plan).error
+    factors = np.log(uncertain(plan, 1001, error)) / error
     assert np.mean(factors) == pytest.approx(0, abs=1e-9) and np.std(factors) == pytest.approx(1, rel=0.01)
     assert np.quantile(factors, 0.9) == pytest.approx(1.2816, rel=0.01)
-    assert abs(np.corrcoef(factors, np.arange(1001))[0, 1]) < 0.1 and uncertain(plan, 0) == []
+    assert abs(np.corrcoef(factors, np.arange(1001))[0, 1]) < 0.1 and uncertain(plan, 0, error) == []
