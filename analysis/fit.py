@@ -51,6 +51,7 @@ PRIORS = {
     "gemm_efficiency": Prior((0.74, 0.80, 0.76, 0.50, 0.66), 0.08),  # a little below the largest measured product; B200's of a table
     "narrow_efficiency": Prior(0.70, 0.12),  # largest measured fp8 product of an H100: 0.71 of the peak
     "grouped_efficiency": Prior((0.85, 0.85, 0.8, 0.65, 0.65), 0.15),  # of B200's table, and of what needs fewer tokens to fill
+    "grouped_alone": Prior(0.85, 0.2),
     "early_gemm": Prior((1.0, 1.0, 0.9, 0.9, 0.9), 0.1),
     "burst": Prior(0.4, 0.5),  # the clock of a part below its power limit over that at it: 1.2 to 1.6
     "alone": Prior(1.03, 0.05),
@@ -183,7 +184,7 @@ def _keys(frame: pd.DataFrame, measured: str) -> list[str]:
 
 
 def solved(family: str, sets: list[Rows], start: Mapping[str, float] | None = None) -> Solved:
-    """The parameters of a family. One of which rows say less than a hundredth of what its prior says keeps the prior."""
+    """The parameters of a family. One of which rows say less than a tenth of what its prior says keeps the prior."""
     centre = np.log(list(_prior(family).values()))
     width = np.array([prior.width for prior in PRIORS.values()])
     most = np.array([0.0 if name in SHARES else np.inf for name in PRIORS])
@@ -202,7 +203,7 @@ def solved(family: str, sets: list[Rows], start: Mapping[str, float] | None = No
         return np.stack([(residuals(x - step * side) - here) / -step for side in np.eye(len(x))], axis=1)
 
     first = np.minimum(centre if start is None else np.log([start[name] for name in PRIORS]), most - 1e-6)
-    free = np.flatnonzero(np.sum(slopes(first)[: -len(width)] ** 2, axis=0) * width**2 > 0.01)
+    free = np.flatnonzero(np.sum(slopes(first)[: -len(width)] ** 2, axis=0) * width**2 > 0.1)
 
     def whole(x: Array) -> Array:
         full = centre.copy()

@@ -208,7 +208,7 @@ def alone(device: Device, kernels: list[Kernel]) -> Array:
         if works[0].products:
             products = [work.products[0] for work in works]
             product = Product(*(each(name, products) for name in ("m", "n", "k", "matrices")))
-            mine.numbers["overlap"] = np.full(len(index), HIDDEN)
+            mine.numbers |= {"overlap": np.full(len(index), HIDDEN), "grouped": mine["grouped_alone"]}
             took = mine.seconds(Work(kind, flops, size, launches, (product,)))
             seconds[index] = took / (1 + mine["burst"] / (1 + took / MOMENT))
         else:

@@ -53,6 +53,7 @@ class Gpu(Node):
     early: bool = say("whether its libraries are those of its first year, as CUDA 11.8 was for Hopper", False)
     early_gemm: float = say("rate of matrix products by such libraries over that by mature ones", 1.0, must=POSITIVE)
     grouped_efficiency: float = say("rate of grouped matrix products over that of single ones", 1.0, must=POSITIVE)
+    grouped_alone: float = say("the same of grouped products that are measured by themselves", 0.85, must=POSITIVE)
     attention_efficiency: float = say("rate of the attention kernel, forward, as a fraction of a large matrix product's", must=POSITIVE)
     attention_backward: float = say("the same, backward", must=POSITIVE)
     memory_efficiency: float = say("fraction of the memory bandwidth that element-wise kernels reach", must=POSITIVE)

@@ -67,6 +67,7 @@ class Rates:
     gemm_half: float  # intensity, a b / (a + b), at which a tile runs at half of an endless one's rate
     grouped: float  # rate of grouped products over that of single ones
     burst: float  # by how much products of a moment are faster than those of a training, which runs at its power limit
+    grouped_alone: float  # the same of grouped products that are measured by themselves
     alone: float  # speed of kernels that are measured one by one over that in a training
     overlap: float
     composition: float  # time of operations in a row over the sum of their times alone
@@ -137,6 +138,7 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         gemm_half=gpu.gemm_half,
         grouped=gpu.grouped_efficiency,
         burst=gpu.burst,
+        grouped_alone=gpu.grouped_alone,
         alone=gpu.alone,
         overlap=gpu.overlap,
         composition=pick("composition", 1.0),
