@@ -22,11 +22,14 @@ from sim.parallel import columns, predict
 
 # Name of the part, as a pattern, and its group options; servers as their maker ships them. The first that matches holds.
 PARTS = (
-    ("GB300", "gb300", "gb300_nvl72"), ("GB200", "gb200", "gb200_nvl72"), ("B300", "b300", "dgx_b300"),
-    ("P6-B200", "b200", "aws_p6"), ("B200", "b200", "dgx_b200"), ("H200", "h200_sxm", "dgx_h100"), ("H800", "h800", "deepseek_h800"),
-    ("H100.*PCI", "h100_pcie", "dgx_h100"), ("H100", "h100_sxm", "dgx_h100"), ("A100.*40", "a100_40", "dgx_a100"),
-    ("A100", "a100_80", "dgx_a100"), ("V100.*DGX-2", "v100_sxm", "dgx2_v100"), ("V100", "v100_sxm", "dgx_v100"),
-    ("MI300", "mi300x", "mi300x_node"),
+    ("GB300", "gb300", "gb300_nvl72"), ("GB200", "gb200", "gb200_nvl72"), ("GH200", "gh200", "dgx_h100"),
+    ("B300", "b300", "dgx_b300"), ("P6-B200", "b200", "aws_p6"), ("B200", "b200", "dgx_b200"), ("H200", "h200_sxm", "dgx_h100"),
+    ("H800", "h800", "deepseek_h800"), ("H100.*PCI", "h100_pcie", "dgx_h100"), ("H100.*96", "h100_96", "dgx_h100"),
+    ("H100", "h100_sxm", "dgx_h100"), ("A100.*40", "a100_40", "dgx_a100"), ("A100", "a100_80", "dgx_a100"),
+    ("V100.*DGX-2", "v100_sxm", "dgx2_v100"), ("V100", "v100_sxm", "dgx_v100"), ("L40S", "l40s", "l40s_node"),
+    ("MI250", "mi250x", "mi250x_node"), ("MI325", "mi325x", "mi300x_node"), ("MI355", "mi355x", "mi300x_node"),
+    ("MI300", "mi300x", "mi300x_node"), ("v5e", "tpu_v5e", "tpu_v5e_pod"), ("v5p", "tpu_v5p", "tpu_v5p_pod"),
+    ("v6e|Trillium", "tpu_v6e", "tpu_v6e_pod"), ("TPU.*v4", "tpu_v4", "tpu_v4_pod"), ("TPU.*v3", "tpu_v3", "tpu_v3_pod"),
 )  # fmt: skip
 
 # What a table's columns cannot say of a model, from its published configuration; a pattern for its name and the keys.
@@ -420,7 +423,9 @@ def part_of(row: Mapping[str, Any]) -> tuple[str, str]:
 
 @cache
 def _base(gpu: str, cluster: str) -> Plan:
-    return load([f"gpu={gpu}", f"cluster={cluster}", "cluster.nodes=1", "train.global_batch=5040", "train.micro_batch=1"])
+    return load(
+        [f"gpu={gpu}", f"cluster={cluster}", "cluster.nodes=1", "cluster.spares=0", "train.global_batch=5040", "train.micro_batch=1"]
+    )
 
 
 def _word(row: Mapping[str, Any], name: str) -> str:
