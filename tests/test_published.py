@@ -72,7 +72,8 @@ def test_the_least_recomputation_that_fits_is_taken_where_none_is_said():
         rows({"recompute": None}, {"recompute": None, "seq_len": 131072}, {"seq_len": 131072}, {"seq_len": 131072, "recompute": "full"})
     )
     assert blank.rows.predicted[0] == steps_of(rows({})).rows.predicted[0]
-    assert blank.rows.predicted[1] == blank.rows.predicted[3] > blank.rows.predicted[2]
+    none, full = blank.rows.predicted[2], blank.rows.predicted[3]
+    assert none < blank.rows.predicted[1] <= full  # in as many blocks as it takes
 
 
 def test_adapters_need_two_thirds_of_the_products():
@@ -159,7 +160,13 @@ def test_no_table_is_refused():
 
 @TABLED
 @pytest.mark.parametrize(
-    ("name", "most"), [("step_time", (8.2, 5.5, 25)), ("step_time_single_node", (12, 11, 26)), ("kernel_efficiency", (12.5, 6.2, 38))]
+    ("name", "most"),
+    [
+        ("step_time", (7.1, 5.1, 20)),
+        ("step_time_single_node", (11, 9.4, 24)),
+        ("kernel_efficiency", (8.2, 4.5, 26)),
+        ("collectives", (8, 5.6, 25)),
+    ],
 )
 def test_errors_on_published_tables(name, most, foretold):
     """The errors of LOG.md with a little room: whoever changes the physics sees what it does to them."""
@@ -167,7 +174,8 @@ def test_errors_on_published_tables(name, most, foretold):
     assert told["failed"] == []
     assert np.all(np.array([told[key] for key in ("mean_abs_pct", "median_abs_pct", "p95_abs_pct")]) < most)
     if "memory" in told:
-        assert told["memory"]["mean_abs_pct"] < 4
+        assert told["memory"]["mean_abs_pct"] < 2 and told["memory"]["max_abs_pct"] < 5
+        assert told["by_kind"]["dense"]["mean_abs_pct"] < 6.5 and told["by_kind"]["moe"]["mean_abs_pct"] < 10.5
 
 
 @TABLED
