@@ -4,13 +4,14 @@
 
 with ρ the soft L1 loss and as much weight for a large source as for one of FULL rows. The prior of a parameter is physical
 (a data sheet's, a kernel benchmark's) and its width says how much a machine in training may differ. A parameter that no row
-speaks of keeps its prior. Every source is then left out in turn and predicted with the parameters of the others.
+speaks of keeps its prior. Every source is then left out in turn and predicted with the parameters of the others, and so is
+every fifth of a table of kernels or collectives (rows that repeat a key together).
 """
 
 from collections.abc import Iterator, Mapping
-from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import pandas as pd
@@ -22,15 +23,16 @@ from analysis.published import BAND, KINDS, read, recognise
 from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
-from sim.kernels import Array, Device, Product, Work, rates
+from sim.kernels import Array
 from sim.network import Network
 from sim.parallel import predict
 
 OPTIONS = {
-    "tables": ("", "CSV files of measured steps and kernels, with commas"),
-    "out": ("", "CSV file to write: family, parameter, value, standard error"),
+    "tables": ("", "CSV files of measured steps, kernels and collectives, with commas"),
+    "out": ("", "CSV file to write: family, parameter, value, standard error, whether fitted"),
 }
 FULL = 20.0
+FOLDS = 5
 NOISE = 0.1  # log of a usual error, beyond which the loss grows linearly
 FAMILIES = {
     "volta": ("v100-sxm",), "ampere": ("a100-40", "a100-80"), "hopper": ("h100-sxm", "h100-pcie", "h800", "h200-sxm"),
@@ -48,41 +50,50 @@ class Prior(NamedTuple):
 PRIORS = {
     "gemm_efficiency": Prior((0.74, 0.80, 0.76, 0.50, 0.66), 0.08),  # a little below the largest measured product; B200's of a table
     "narrow_efficiency": Prior(0.70, 0.12),  # largest measured fp8 product of an H100: 0.71 of the peak
-    "gemm_depth": Prior(130.0, 0.5),
-    "gemm_half": Prior(7.0, 0.5),
     "grouped_efficiency": Prior((0.85, 0.85, 0.8, 0.65, 0.65), 0.15),  # of B200's table, and of what needs fewer tokens to fill
+    "grouped_alone": Prior(0.85, 0.2),
     "early_gemm": Prior((1.0, 1.0, 0.9, 0.9, 0.9), 0.1),
+    "burst": Prior(0.4, 0.5),  # the clock of a part below its power limit over that at it: 1.2 to 1.6
+    "alone": Prior(1.03, 0.05),
     "attention_efficiency": Prior(0.75, 0.2),
     "attention_backward": Prior(0.65, 0.2),
     "eager_attention": Prior((0.7, 0.7, 0.5, 0.5, 0.5), 0.2),  # FlashAttention-2 on an H100: 0.35 of the peak, -3: 0.75 (Shah et al. 2024)
     "memory_efficiency": Prior(0.82, 0.08),
     "host_launch": Prior((45e-6, 45e-6, 45e-6, 30e-6, 30e-6), 0.4),
     "link_efficiency": Prior(0.80, 0.1),
+    "link_start": Prior(30e-6, 0.3),
+    "nvls": Prior((1e-3, 1e-3, 0.58, 0.58, 0.58), 0.15),  # 480 GB/s of bus bandwidth on eight H100; none before
     "nic_efficiency": Prior(0.80, 0.2),
     "slowdown": Prior(0.30, 0.5),
     "tensor_overlap": Prior((1e-3, 1e-3, 0.4, 0.4, 0.4), 0.3),  # overlapped in the code of Hopper and later
 }
+SHARES = ("link_efficiency", "nic_efficiency", "nvls")  # at most 1
 
 
 class Rows(NamedTuple):
-    """Measured rows of one kind that are predicted together."""
+    """Measured rows of a table that are predicted together."""
 
+    kind: str
     plans: list[Plan]
-    numbers: Any  # columns of steps, or the works of kernels by kind with their places
+    numbers: Any  # columns of steps, operations of kernels, or kinds and bytes of collectives
     network: Network | None
     groups: Array
+    parts: Array  # of a source, each of which weighs as much as a source of steps: operations of kernels, devices of collectives
+    folds: Array  # one of FOLDS for every row, the same for rows that differ only in what was measured
     measured: Array
     table: str
 
     def of(self, which: Array) -> "Rows":
         """The rows where `which` holds."""
         index = np.flatnonzero(which)
-        plans = [self.plans[i] for i in index]
-        if not plans:
-            return Rows([], None, None, self.groups[index], self.measured[index], self.table)
-        if self.network is None:
-            return Rows(plans, [self.numbers[i] for i in index], None, self.groups[index], self.measured[index], self.table)
-        return _steps(plans, self.numbers.frozen[index], self.groups[index], self.measured[index], self.table)
+        plans, network = [self.plans[i] for i in index], None
+        if self.kind == "step_time" and plans:
+            numbers, network = replay.arrays(plans, self.numbers.frozen[index])
+        else:
+            numbers = [self.numbers[i] for i in index] if plans else []
+            network = Network(plans, replay.device_of(plans)) if self.network is not None and plans else None
+        kept = {name: getattr(self, name)[index] for name in ("groups", "parts", "folds", "measured")}
+        return self._replace(plans=plans, numbers=numbers, network=network, **kept)
 
     def predicted(self, values: Mapping[str, float]) -> Array:
         """Seconds of every row with these parameters."""
@@ -90,24 +101,29 @@ class Rows(NamedTuple):
 
     def told(self, values: Mapping[str, float]) -> tuple[Array, Array]:
         """Seconds of every row with these parameters, and the standard deviation of their logarithm."""
-        keys = [(plan.gpu.name, plan.train.precision, plan.train.compile, plan.power.cap, plan.gpu.early) for plan in self.plans]
-        distinct = dict(zip(keys, self.plans, strict=True))
-        order = {key: place for place, key in enumerate(distinct)}
-        device = Device([rates(plan.but(gpu=plan.gpu.but(**values))) for plan in distinct.values()])
-        device = device.take(np.array([order[key] for key in keys]))
+        device = replay.device_of(self.plans, values)
         if self.network is None:
-            return _kernel_seconds(device, self.numbers), device["error"]
-        network = copy(self.network)
-        network.nic = network.nic / network.device["nic"] * device["nic"]
-        network.device = device
+            return replay.alone(device, self.numbers), device["error"]
+        network = self.network.under(device)
+        if self.kind == "collectives":
+            kinds, sizes = zip(*self.numbers, strict=True)
+            return replay.together(network, list(kinds), np.array(sizes)), device["error"]
         steps = predict(self.numbers, device, network)
         return steps.step_time, steps.error
 
 
-def fit(options: Mapping[str, str]) -> int:
-    """Fit every family that the tables speak of, and print the parameters and the errors on sources left out.
+class Solved(NamedTuple):
+    """Parameters of a family, the standard errors of their logarithms, and the names of those that rows speak of."""
 
-    Raises Refused for tables that hold neither steps nor kernels.
+    values: dict[str, float]
+    errors: dict[str, float]
+    fitted: list[str]
+
+
+def fit(options: Mapping[str, str]) -> int:
+    """Fit every family that the tables speak of, and print the parameters and the errors on rows left out.
+
+    Raises Refused for tables of which no row can be fitted.
     """
     if not options["tables"]:
         raise Refused("tables= names no file; write foretold analysis fit tables=FILE,FILE")
@@ -117,11 +133,12 @@ def fit(options: Mapping[str, str]) -> int:
         mine = [rows.of(np.array([plan.gpu.name in gpus for plan in rows.plans])) for rows in sets]
         mine = [rows for rows in mine if rows.plans]
         if mine:
-            values, errors = solved(family, mine)
-            found += [(family, name, values[name], errors[name]) for name in PRIORS]
-            left.append(_left_out(family, mine, values))
-    parameters = pd.DataFrame(found, columns=["family", "parameter", "value", "standard_error"])
-    print("\n".join(aligned([("family", "parameter", "value", "± relative"), *((f, n, f"{v:.4g}", f"{e:.2f}") for f, n, v, e in found)])))
+            best = solved(family, mine)
+            found += [(family, name, best.values[name], best.errors[name], name in best.fitted) for name in PRIORS]
+            left += [*_left_out(family, mine, best), *_folded(family, mine, best)]
+    parameters = pd.DataFrame(found, columns=["family", "parameter", "value", "standard_error", "fitted"])
+    lines = [(f, n, f"{v:.4g}", f"{e:.2f}" if known else "prior") for f, n, v, e, known in found]
+    print("\n".join(aligned([("family", "parameter", "value", "± relative"), *lines])))
     print("\n".join(_told(pd.concat(left, ignore_index=True))))
     if options["out"]:
         write(Path(options["out"]), parameters.to_csv(index=False))
@@ -131,32 +148,47 @@ def fit(options: Mapping[str, str]) -> int:
 def rows_of(path: Path) -> Rows:
     """The rows of a table that can be predicted.
 
-    Raises Refused for a table of neither steps nor kernels.
+    Raises Refused for a file that is no such table.
     """
     frame = read(path)
     name = recognise(frame, str(path))
-    measured = pd.to_numeric(frame[KINDS[name].measured], errors="coerce")
+    column = KINDS[name].measured
+    measured = pd.to_numeric(frame[column], errors="coerce")
     frame, measured = frame[measured > 0], measured[measured > 0]
+    folds = np.array([crc32(key.encode()) % FOLDS for key in _keys(frame, column)])
+    groups, seconds, numbers, network = frame["group"].to_numpy(), measured.to_numpy(), list[Any](), None
     if name == "step_time":
         plans, frozen, index = replay.plans_of(frame)
-        return _steps(plans, frozen, frame["group"][index].to_numpy(), measured[index].to_numpy(), path.stem)
-    if name != "kernel_efficiency":
-        raise Refused(f"tables={path} is a table of {name}; fit takes step_time and kernel_efficiency")
-    plans, works, seconds = [], [], []
-    for row, share in zip(replay.records(frame), measured, strict=True):
-        flops, work = replay.kernel(row)
-        plans.append(replay.kernel_plan(row))
-        works.append(work)
-        seconds.append(flops / (share * float(row["peak_tflops"]) * 1e12))
-    return Rows(plans, works, None, np.array([f"kernels {gpu}" for gpu in frame["gpu"]]), np.array(seconds), path.stem)
+        kept = frame.index.get_indexer(pd.Index(index))
+        numbers, network = replay.arrays(plans, frozen)
+        groups, folds, seconds = groups[kept], folds[kept], seconds[kept]
+        parts = groups
+    elif name == "collectives":
+        told = [replay.collective(row) for row in replay.records(frame)]
+        plans, numbers = [plan for plan, _, _ in told], [(kind, size) for _, kind, size in told]
+        network, groups, seconds = Network(plans, replay.device_of(plans)), "collectives " + groups, seconds * 1e-6
+        parts = groups + np.array([f", {plan.ranks}" for plan in plans])
+    else:
+        rows = replay.records(frame)
+        plans, numbers = [replay.kernel_plan(row) for row in rows], [replay.kernel(row) for row in rows]
+        done = np.array([kernel.flops / (float(row["peak_tflops"]) * 1e12) for kernel, row in zip(numbers, rows, strict=True)])
+        groups, seconds = "kernels " + groups, done / seconds
+        parts = groups + " " + frame["op"].to_numpy()
+    return Rows(name, plans, numbers, network, np.asarray(groups), np.asarray(parts), folds, np.asarray(seconds), path.stem)
 
 
-def solved(family: str, sets: list[Rows], start: Mapping[str, float] | None = None) -> tuple[dict[str, float], dict[str, float]]:
-    """The parameters of a family, and the standard errors of their logarithms."""
-    place = list(FAMILIES).index(family)
-    centre = np.log([prior.centre[place] if isinstance(prior.centre, tuple) else prior.centre for prior in PRIORS.values()])
+def _keys(frame: pd.DataFrame, measured: str) -> list[str]:
+    """What a row says besides its measurement and its number."""
+    said = frame.drop(columns=[name for name in (measured, "id", "busbw_GBps", "time_us") if name in frame])
+    return ["|".join(map(str, row)) for row in said.itertuples(index=False)]
+
+
+def solved(family: str, sets: list[Rows], start: Mapping[str, float] | None = None) -> Solved:
+    """The parameters of a family. One of which rows say less than a tenth of what its prior says keeps the prior."""
+    centre = np.log(list(_prior(family).values()))
     width = np.array([prior.width for prior in PRIORS.values()])
-    weights = [_weights(rows.groups) for rows in sets]
+    most = np.array([0.0 if name in SHARES else np.inf for name in PRIORS])
+    weights = [_weights(rows.parts) for rows in sets]
 
     def residuals(x: Array) -> Array:
         values = dict(zip(PRIORS, np.exp(x).tolist(), strict=True))
@@ -170,41 +202,71 @@ def solved(family: str, sets: list[Rows], start: Mapping[str, float] | None = No
         here, step = residuals(x), 0.01
         return np.stack([(residuals(x - step * side) - here) / -step for side in np.eye(len(x))], axis=1)
 
-    first = centre if start is None else np.log([start[name] for name in PRIORS])
-    most = np.array([0.0 if name in ("link_efficiency", "nic_efficiency") else np.inf for name in PRIORS])
-    bounds = (np.full(len(most), -np.inf), most)
-    result = least_squares(residuals, np.minimum(first, most - 1e-6), slopes, bounds, xtol=1e-3, ftol=1e-3, max_nfev=12)
-    slope = slopes(result.x)
-    error = np.sqrt(np.diag(np.linalg.inv(slope.T @ slope)))
-    return dict(zip(PRIORS, np.exp(result.x).tolist(), strict=True)), dict(zip(PRIORS, error.tolist(), strict=True))
+    first = np.minimum(centre if start is None else np.log([start[name] for name in PRIORS]), most - 1e-6)
+    free = np.flatnonzero(np.sum(slopes(first)[: -len(width)] ** 2, axis=0) * width**2 > 0.1)
+
+    def whole(x: Array) -> Array:
+        full = centre.copy()
+        full[free] = x
+        return full
+
+    bounds = (np.full(len(free), -np.inf), most[free])
+
+    def misses(x: Array) -> Array:
+        return residuals(whole(x))
+
+    def partial(x: Array) -> Array:
+        return np.asarray(slopes(whole(x))[:, free])
+
+    result = least_squares(misses, first[free], partial, bounds, xtol=1e-3, ftol=1e-3, max_nfev=12)
+    slope, error = partial(result.x), width.copy()
+    error[free] = np.sqrt(np.diag(np.linalg.inv(slope.T @ slope)))
+    names = list(PRIORS)
+    values = dict(zip(names, np.exp(whole(result.x)).tolist(), strict=True))
+    return Solved(values, dict(zip(names, error.tolist(), strict=True)), [names[i] for i in free])
 
 
-def _left_out(family: str, sets: list[Rows], start: Mapping[str, float]) -> pd.DataFrame:
-    """Every row predicted with the parameters of the other sources: family, source, kind, error, and the band's half width."""
-    told = []
+def _left_out(family: str, sets: list[Rows], best: Solved) -> Iterator[pd.DataFrame]:
+    """The rows of every source predicted with the parameters of the others."""
     for group in sorted({str(group) for rows in sets for group in rows.groups}):
-        others = [kept for rows in sets if (kept := rows.of(rows.groups != group)).plans]
-        values, _ = solved(family, others, start) if others else (_prior(family), {})
-        for rows in (out for rows in sets if (out := rows.of(rows.groups == group)).plans):
-            experts = [rows.network is not None and plan.model.moe.experts for plan in rows.plans]
-            kinds = [f"{rows.table}{', mixtures' if some else ''}" for some in experts]
-            seconds, deviation = rows.told(values)
-            wide, error = BAND * deviation, seconds / rows.measured - 1
-            told.append(pd.DataFrame({"family": family, "source": group, "kind": kinds, "error": error, "wide": wide}))
-    return pd.concat(told)
+        out = [rows.groups == group for rows in sets]
+        yield from _without(family, f"{family} {group}", "", sets, out, best)
+
+
+def _folded(family: str, sets: list[Rows], best: Solved) -> Iterator[pd.DataFrame]:
+    """Every fifth of a table of kernels or collectives predicted with the parameters of the other rows."""
+    for mine in sets:
+        for fold in range(FOLDS if mine.kind != "step_time" else 0):
+            out = [(rows.folds == fold) & (rows is mine) for rows in sets]
+            yield from _without(family, f"{family} {mine.table}, {FOLDS}-fold", f", {FOLDS}-fold", sets, out, best)
+
+
+def _without(family: str, name: str, how: str, sets: list[Rows], out: list[Array], best: Solved) -> Iterator[pd.DataFrame]:
+    """Errors of some rows with the parameters of the others, and the half widths of their bands."""
+    others = [kept for rows, which in zip(sets, out, strict=True) if (kept := rows.of(np.logical_not(which))).plans]
+    values = solved(family, others, best.values).values if others else _prior(family)
+    for rows in (gone for rows, which in zip(sets, out, strict=True) if (gone := rows.of(which)).plans):
+        mixed = [rows.kind == "step_time" and plan.model.moe.experts for plan in rows.plans]
+        kinds = [f"{rows.table}{', mixtures' if some else ''}{how}" for some in mixed]
+        seconds, deviation = rows.told(values)
+        wide, error = BAND * deviation, seconds / rows.measured
+        error = (1 / error if rows.kind == "kernel_efficiency" else error) - 1  # as tables tell them: of efficiencies, or of times
+        yield pd.DataFrame({"name": name, "kind": kinds, "error": error, "wide": wide, "fitted": len(best.fitted)})
 
 
 def _told(left: pd.DataFrame) -> Iterator[str]:
-    """Errors on sources left out, each and together."""
-    head = ("left out", "rows", "mean %", "median %", "95th pct", "bias %", "80% band")
-    parts = {f"{family} {source}": part for (family, source), part in left.groupby(["family", "source"], sort=False)}
+    """Errors on rows left out, of each source or table and together, beside the number of parameters fitted for a GPU family."""
+    head = ("left out", "rows", "mean %", "median %", "95th pct", "bias %", "80% band", "fitted")
+    parts = {str(name): part for name, part in left.groupby("name", sort=False)}
     parts |= {f"all of {kind}": part for kind, part in left.groupby("kind")}
     yield ""
     lines = []
     for name, part in parts.items():
         size, held = 100 * part["error"].abs(), np.log1p(part["error"]).abs() <= part["wide"]
         figures = [f"{figure:.1f}" for figure in (size.mean(), size.median(), size.quantile(0.95))]
-        lines.append((name, str(len(part)), *figures, f"{100 * part['error'].mean():+.1f}", f"{held.mean():.0%}"))
+        lines.append(
+            (name, str(len(part)), *figures, f"{100 * part['error'].mean():+.1f}", f"{held.mean():.0%}", str(part["fitted"].max()))
+        )
     yield from aligned([head, *lines])
 
 
@@ -217,29 +279,3 @@ def _weights(groups: Array) -> Array:
     """1 for rows of a source of at most FULL, less for each of a larger one."""
     sizes = pd.Series(groups).groupby(groups).transform("size").to_numpy()
     return np.asarray(np.minimum(1.0, np.sqrt(FULL / sizes)))
-
-
-def _steps(plans: list[Plan], frozen: Array, groups: Any, measured: Any, table: str) -> Rows:
-    p, network = replay.arrays(plans, frozen)
-    return Rows(plans, p, network, np.asarray(groups), np.asarray(measured), table)
-
-
-def _kernel_seconds(device: Device, works: list[Work]) -> Array:
-    """Seconds of single operations, those of a kind together."""
-    seconds = np.empty(len(works))
-    for kind in {work.kind for work in works}:
-        index = np.array([place for place, work in enumerate(works) if work.kind == kind])
-        mine = [works[place] for place in index]
-
-        def each(name: str, objects: list[Any]) -> Array:
-            return np.array([float(getattr(thing, name)) for thing in objects])
-
-        flops, size, launches = (each(name, mine) for name in ("flops", "bytes", "launches"))
-        if mine[0].products:
-            products = [work.products[0] for work in mine]
-            stacked = Product(*(each(name, products) for name in ("m", "n", "k", "matrices")))
-            work = Work(kind, flops, size, launches, (stacked,))
-        else:
-            work = Work(kind, flops, size, launches, chain=each("chain", mine))
-        seconds[index] = device.take(index).seconds(work)
-    return seconds

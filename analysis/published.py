@@ -1,7 +1,8 @@
 """Published measurements predicted row by row with the calibration that ships in conf, and the errors told by group.
 
 Tables are recognised by their columns: training steps (with peak memory where it was measured), efficiencies of kernels,
-times of collectives, power of servers, energy and carbon of trainings. A row that cannot be predicted is told with its reason.
+times of collectives (of which all-reduces alone are validated), power of servers, energy and carbon of trainings. A row that cannot be
+predicted is told with its reason.
 """
 
 import json
@@ -18,6 +19,7 @@ from analysis.compare import columns as aligned
 from conf.errors import Refused
 from conf.files import commit, write
 from conf.program import flag
+from sim.network import VALIDATED
 
 OPTIONS = {
     "table": ("step_time", "CSV file of measured rows, or the name of one that ships: step_time, node_power, energy"),
@@ -65,6 +67,11 @@ def published(options: Mapping[str, str]) -> int:
     told["by_kind"] = {str(kind): scores(part) for kind, part in rows.groupby("kind", sort=True)}
     if memory is not None:
         told["memory"] = memory
+    if "outside" in rows:
+        out = rows[rows["outside"] != ""]
+        told["outside_calibration"] = [{"id": str(row["id"]), "what": row["outside"]} for _, row in out.iterrows()]
+    if name == "collectives":
+        told["validated"] = list(VALIDATED)
     told["failed"] = failed
     if options["out"]:
         write(Path(options["out"]), rows[["id", "published", "predicted", "error"]].to_csv(index=False))
@@ -203,6 +210,11 @@ def page(told: Mapping[str, Any]) -> str:
     text += aligned(lines)
     if told.get("memory"):
         text.append("\npeak memory: {rows} rows, mean {mean_abs_pct:.1f}%, largest {max_abs_pct:.1f}%".format(**told["memory"]))
+    if told.get("outside_calibration"):
+        first = told["outside_calibration"][0]
+        text.append(f"\noutside the calibrated range: {len(told['outside_calibration'])} rows, row {first['id']} with {first['what']}")
+    if "validated" in told:
+        text.append(f"\nvalidated: {', '.join(told['validated'])}; other collectives are formulas that no measurement was held against")
     reasons = pd.Series([entry["reason"] for entry in told["failed"]], dtype=str).value_counts()
     return "\n".join([*text, *(f"not predicted: {count} × {reason}" for reason, count in reasons.items())])
 

@@ -15,17 +15,18 @@ import pandas as pd
 from conf.arithmetic import flops_per_token
 from conf.plan import Mla, Model, Moe, Plan
 from conf.program import load
-from sim.kernels import Device, Product, Work, attention, rates
+from sim.kernels import Array, Device, Product, Work, attention, beyond, rates
 from sim.memory import USABLE, held, memory
-from sim.network import Network
+from sim.network import VALIDATED, Network
 from sim.parallel import columns, predict
 
 # Name of the part, as a pattern, and its group options; servers as their maker ships them. The first that matches holds.
 PARTS = (
-    ("GB300", "gb300", "gb300_nvl72"), ("GB200", "gb200", "gb200_nvl72"), ("B300", "b300", "dgx_b300"), ("B200", "b200", "dgx_b200"),
-    ("H200", "h200_sxm", "dgx_h100"), ("H800", "h800", "deepseek_h800"), ("H100.*PCI", "h100_pcie", "dgx_h100"),
-    ("H100", "h100_sxm", "dgx_h100"), ("A100.*40", "a100_40", "dgx_a100"), ("A100", "a100_80", "dgx_a100"),
-    ("V100", "v100_sxm", "dgx_v100"), ("MI300", "mi300x", "mi300x_node"),
+    ("GB300", "gb300", "gb300_nvl72"), ("GB200", "gb200", "gb200_nvl72"), ("B300", "b300", "dgx_b300"),
+    ("P6-B200", "b200", "aws_p6"), ("B200", "b200", "dgx_b200"), ("H200", "h200_sxm", "dgx_h100"), ("H800", "h800", "deepseek_h800"),
+    ("H100.*PCI", "h100_pcie", "dgx_h100"), ("H100", "h100_sxm", "dgx_h100"), ("A100.*40", "a100_40", "dgx_a100"),
+    ("A100", "a100_80", "dgx_a100"), ("V100.*DGX-2", "v100_sxm", "dgx2_v100"), ("V100", "v100_sxm", "dgx_v100"),
+    ("MI300", "mi300x", "mi300x_node"),
 )  # fmt: skip
 
 # What a table's columns cannot say of a model, from its published configuration; a pattern for its name and the keys.
@@ -50,6 +51,10 @@ PRECISIONS = (
     ("tf32", "fp32"), ("fp32", "fp32"),
 )  # fmt: skip
 DEEP = 61  # layers of the whole models that start with dense ones (DeepSeek-V2 has 60)
+COLLECTIVE = ("all_reduce", "all_gather", "reduce_scatter")
+MOMENT = 100e-6  # s: a hundred products of 100 µs in a row are half over when a power limit acts (SimuMax calls each a hundred times)
+HIDDEN = 0.4  # of a product's traffic, where the next call writes to the same place: A100 and B200 alike; fits of steps see all hidden
+CALLS = {"attention": 3.0, "expert": 1 / 3}  # host's time of a call from Python, and of an expert in a loop of C++, in launches of a kernel
 _CAP = re.compile(r"(?:cap|limit)\w*[^;,.]{0,16}?(\d{3,4}) ?W\b|(\d{3,4}) ?W\b[^;,.]{0,16}?(?:cap|limit)", re.IGNORECASE)
 _FABRIC = re.compile(r"(?:(\d+) ?x ?)?(\d+) ?Gb(?:/s|ps)? (?:RoCE|InfiniBand|inter-node)", re.IGNORECASE)
 
@@ -68,6 +73,15 @@ class Software(NamedTuple):
     etp: bool = True  # whether tensor-parallel ranks share experts, the default of Megatron-Core
     tokens: bool = False  # whether a token is sent once to a rank (DeepEP, HybridEP)
     fused: bool = False  # whether the experts' other kernels ride on their products, Transformer Engine's on Blackwell
+
+
+class Kernel(NamedTuple):
+    """An operation of a table: the FLOPs that its row counts, what it asks of the device, and the host's launches that it costs."""
+
+    flops: float
+    work: Work
+    calls: float
+    sizes: dict[str, set[int]]
 
 
 class Unplayable(ValueError):
@@ -138,61 +152,110 @@ def _least(plans: list[Plan], unsaid: Any, frozen: Any) -> list[Plan]:
 
 def kernels_of(frame: pd.DataFrame) -> Replayed:
     """Fraction of the peak of every row's matrix products or attention; attention counts the full square of scores."""
-
-    def efficiency(row: Mapping[str, Any]) -> tuple[float, float, str, str]:
-        plan = kernel_plan(row)
-        flops, work = kernel(row)
-        seconds = float(Device([rates(plan)]).seconds(work)[0])
-        return flops / seconds / (float(row["peak_tflops"]) * 1e12), plan.gpu.error, plan.gpu.name, str(row["op"])
-
-    found, failed = each(frame, efficiency)
-    values = list(found.values())
-    return Replayed(tabled(list(found), [v[0] for v in values], [v[1] for v in values], [1.0] * len(values), [v[2] for v in values],
-                           [v[3] for v in values]), failed)  # fmt: skip
+    found, failed = each(frame, lambda row: (kernel_plan(row), kernel(row), float(row["peak_tflops"]) * 1e12, str(row["op"])))
+    if not found:
+        return Replayed(tabled([], [], [], [], [], []), failed)
+    plans, kernels, peaks, ops = (list(column) for column in zip(*found.values(), strict=True))
+    efficiency = np.array([kernel.flops for kernel in kernels]) / alone(device_of(plans), kernels) / np.array(peaks)
+    spread, names = [plan.gpu.error for plan in plans], [plan.gpu.name for plan in plans]
+    out = ["; ".join(beyond(plan, kernel.sizes)) for plan, kernel in zip(plans, kernels, strict=True)]
+    return Replayed(tabled(list(found), efficiency, spread, 1.0, names, ops).assign(outside=out), failed)
 
 
-def kernel(row: Mapping[str, Any]) -> tuple[float, Work]:
-    """The FLOPs that a row counts, and what the operation asks of the device."""
+def kernel(row: Mapping[str, Any]) -> Kernel:
+    """The operation of a row, as the benchmark of SimuMax called it: again and again from Python, by the host's clock.
+
+    Attention pads values to the width of queries. Of m tokens of an expert the gradient of the input is as deep as the output
+    is wide, that of the weight as deep as the tokens are many; it is added in bf16 or fp32, which the table does not tell.
+    """
     op = str(row["op"])
     if op.startswith("sdp"):
         stage = {"sdp_fwd": "forward", "sdp_bwd": "backward"}.get(op)
         if stage is None:
             raise Unplayable(f"op={op} is not sdp_fwd or sdp_bwd")
-        heads, seq, width = _count(row, "heads"), _count(row, "seq"), (_count(row, "qk_head_dim") + _count(row, "v_head_dim")) / 2
-        work = attention(seq * _count(row, "batch", 1), seq, heads * width, 2, stage, width)
-        return 2 * work.flops, work
+        heads, seq, queries, values = (_count(row, name) for name in ("heads", "seq", "qk_head_dim", "v_head_dim"))
+        wide, tokens = max(queries, values), seq * _count(row, "batch", 1)
+        work = attention(tokens, seq, heads * wide, 2, stage, wide)
+        sizes = {"seq": {seq}, "head": {queries, values}}
+        return Kernel(2 * work.flops * (queries + values) / (2 * wide), work, CALLS["attention"], sizes)
     if op not in ("matmul", "group_matmul"):
         raise Unplayable(f"op={op} is not matmul, group_matmul, sdp_fwd or sdp_bwd")
-    count = _count(row, "groups") if op == "group_matmul" else _count(row, "batch", 1)
+    grouped, stage = op == "group_matmul", str(row.get("stage"))
+    count = _count(row, "groups") if grouped else _count(row, "batch", 1)
     m, n, k = _count(row, "m"), _count(row, "n"), _count(row, "k")
     adds = str(row.get("accumulate", "")).lower() == "true"
-    wide = 4 if str(row.get("out_dtype", "")) == "fp32" or (adds and op == "group_matmul") else 2  # experts' gradients add up in fp32
-    flops, size = 2.0 * m * n * k * count, 2 * (m * k + n * k) * count + wide * m * n * count * (1 + adds)
-    if op == "group_matmul" and str(row.get("stage")) == "bwd_grad_w":  # m tokens of an expert are the depth of its gradient
-        size = 2 * (m * k + m * n) * count + wide * n * k * count * (1 + adds)
+    written = 4 if str(row.get("out_dtype", "")) == "fp32" else 3 if adds and grouped else 2
+    if grouped and stage == "bwd_grad_act":
+        n, k = k, n
+    if grouped and stage == "bwd_grad_w":
         m, n, k = n, k, m
-    return flops, Work("matmul.forward", flops, size, 1, (Product(m, n, k, count if op == "group_matmul" else 1),))
+    flops, size = 2.0 * m * n * k * count, (2 * (m * k + n * k) + written * m * n * (1 + adds)) * count
+    sizes = {"expert": {_count(row, "m")}} if grouped else {"m": {m}, "n": {n}, "k": {k}}
+    return Kernel(flops, Work("matmul.forward", flops, size, 1, (Product(m, n, k, count),)), CALLS["expert"] * count * grouped, sizes)
+
+
+def alone(device: Device, kernels: list[Kernel]) -> Array:
+    """Seconds of operations that are measured one by one: those of a moment faster than in a training, none than its calls."""
+    seconds = np.empty(len(kernels))
+    for kind in {kernel.work.kind for kernel in kernels}:
+        index = np.array([place for place, kernel in enumerate(kernels) if kernel.work.kind == kind])
+        mine, works = device.take(index), [kernels[place].work for place in index]
+
+        def each(name: str, things: list[Any]) -> Array:
+            return np.array([float(getattr(thing, name)) for thing in things])
+
+        flops, size, launches = (each(name, works) for name in ("flops", "bytes", "launches"))
+        if works[0].products:
+            products = [work.products[0] for work in works]
+            product = Product(*(each(name, products) for name in ("m", "n", "k", "matrices")))
+            mine.numbers |= {"overlap": np.full(len(index), HIDDEN), "grouped": mine["grouped_alone"]}
+            took = mine.seconds(Work(kind, flops, size, launches, (product,)))
+            seconds[index] = took / (1 + mine["burst"] / (1 + took / MOMENT))
+        else:
+            seconds[index] = mine.seconds(Work(kind, flops, size, launches, chain=each("chain", works)))
+    return np.maximum(seconds / device["alone"], np.array([kernel.calls for kernel in kernels]) * device["host"])
 
 
 def collectives_of(frame: pd.DataFrame) -> Replayed:
     """Microseconds of every row's collective."""
+    found, failed = each(frame, collective)
+    if not found:
+        return Replayed(tabled([], [], [], [], [], []), failed)
+    plans, kinds, sizes = (list(column) for column in zip(*found.values(), strict=True))
+    seconds = together(Network(plans, device_of(plans)), kinds, np.array(sizes))
+    classes = [f"{plan.gpu.name} {plan.cluster.nodes}" for plan in plans]
+    told = [kind if kind in VALIDATED else f"{kind} (not validated)" for kind in kinds]
+    return Replayed(tabled(list(found), seconds * 1e6, [plan.gpu.error for plan in plans], sizes, classes, told), failed)
 
-    def time(row: Mapping[str, Any]) -> tuple[float, float, str, str]:
-        op, ranks, nodes = str(row["op"]), _count(row, "ranks"), _count(row, "nodes")
-        if op not in ("all_reduce", "all_gather", "reduce_scatter"):
-            raise Unplayable(f"op={op} is not all_reduce, all_gather or reduce_scatter")
-        if ranks % nodes:
-            raise Unplayable(f"ranks={ranks} do not divide by nodes={nodes}")
-        base = _base(*part_of(row))
-        plan = base.but(cluster=base.cluster.but(nodes=nodes, gpus_per_node=ranks // nodes), mesh=base.mesh.but(dp_shard=ranks))
-        network = Network([plan], Device([rates(plan)]))
-        seconds = float(network.collective(op, "dp_shard", np.array([float(_count(row, "bytes"))]))[0])
-        return seconds * 1e6, plan.gpu.error, plan.gpu.name, op
 
-    found, failed = each(frame, time)
-    values, sizes = list(found.values()), [float(frame["bytes"][index]) for index in found]
-    classes = [f"{v[2]} {frame['nodes'][index]}" for index, v in found.items()]
-    return Replayed(tabled(list(found), [v[0] for v in values], [v[1] for v in values], sizes, classes, [v[3] for v in values]), failed)
+def collective(row: Mapping[str, Any]) -> tuple[Plan, str, float]:
+    """Whose collective a row is, its kind, and the bytes of the whole tensor."""
+    op, ranks, nodes = str(row["op"]), _count(row, "ranks"), _count(row, "nodes")
+    if op not in COLLECTIVE:
+        raise Unplayable(f"op={op} is not {', '.join(COLLECTIVE[:-1])} or {COLLECTIVE[-1]}")
+    if ranks % nodes:
+        raise Unplayable(f"ranks={ranks} do not divide by nodes={nodes}")
+    base = _base(*part_of(row))
+    return (
+        base.but(cluster=base.cluster.but(nodes=nodes, gpus_per_node=ranks // nodes), mesh=base.mesh.but(dp_shard=ranks)),
+        op,
+        float(_count(row, "bytes")),
+    )
+
+
+def together(network: Network, kinds: list[str], sizes: Array) -> Array:
+    """Seconds of collectives over dp_shard, those of a kind together."""
+    told = {kind: network.collective(kind, "dp_shard", sizes) for kind in set(kinds)}
+    return np.array([told[kind][place] for place, kind in enumerate(kinds)])
+
+
+def device_of(plans: list[Plan], changes: Mapping[str, float] | None = None) -> Device:
+    """The rates of plans, with some numbers of their gpus changed; each different one is worked out once."""
+    keys = [(plan.gpu.name, plan.train.precision, plan.train.compile, plan.power.cap, plan.gpu.early) for plan in plans]
+    distinct = dict(zip(keys, plans, strict=True))
+    order = {key: place for place, key in enumerate(distinct)}
+    changed = [plan.but(gpu=plan.gpu.but(**changes)) if changes else plan for plan in distinct.values()]
+    return Device([rates(plan) for plan in changed]).take(np.array([order[key] for key in keys]))
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -53,11 +53,18 @@ class Gpu(Node):
     early: bool = say("whether its libraries are those of its first year, as CUDA 11.8 was for Hopper", False)
     early_gemm: float = say("rate of matrix products by such libraries over that by mature ones", 1.0, must=POSITIVE)
     grouped_efficiency: float = say("rate of grouped matrix products over that of single ones", 1.0, must=POSITIVE)
+    grouped_alone: float = say("the same of grouped products that are measured by themselves", 0.85, must=POSITIVE)
     attention_efficiency: float = say("rate of the attention kernel, forward, as a fraction of a large matrix product's", must=POSITIVE)
     attention_backward: float = say("the same, backward", must=POSITIVE)
     memory_efficiency: float = say("fraction of the memory bandwidth that element-wise kernels reach", must=POSITIVE)
+    calibrated: Optional[dict[str, list[int]]] = say(
+        "least and most m, n and k of products, tokens of an expert, sequence and head width that were measured", None
+    )
     launch: Seconds = say("smallest time of a kernel", must=NOT_NEGATIVE)
     host_launch: Seconds = say("time of the host to launch a kernel; many small ones wait for it", must=NOT_NEGATIVE)
+    burst: float = say("by how much products of a moment exceed the rate of a training, which runs at its power limit", 0.0,
+                       must=NOT_NEGATIVE)  # fmt: skip
+    alone: float = say("speed of kernels measured one by one over that in a training", 1.0, must=POSITIVE)
     overlap: float = say("share of the memory traffic of a kernel hidden behind its arithmetic, 0 to 1", must=SHARE)
     eager_attention: float = say("rate of torch's own attention kernel over that of the best one", 1.0, must=POSITIVE)
     tensor_overlap: float = say("share of tensor-parallel traffic hidden behind the matrix products around it, in fused code", 0.0,
@@ -66,6 +73,7 @@ class Gpu(Node):
     slowdown: float = say("time that a collective beside kernels takes from them, as a share of its own; below 1", 0.0, must=SHARE)
     link_bandwidth: BitRate = say("bandwidth to the other devices of its domain (NVLink), per direction", must=POSITIVE)
     link_efficiency: float = say("fraction of that bandwidth that collectives reach", 1.0, must=POSITIVE)
+    nvls: float = say("fraction of that bandwidth at which the switches of a domain reduce; 0 = they cannot", 0.0, must=SHARE)
     nic_efficiency: float = say("fraction of the network's bandwidth that collectives reach", 1.0, must=POSITIVE)
     link_start: Seconds = say("time that any collective takes to start", must=NOT_NEGATIVE)
     link_latency: Seconds = say("latency of one hop inside the domain", must=NOT_NEGATIVE)
@@ -94,6 +102,7 @@ class Cluster(Node):
     cold_spares: int = say("servers to be had that must boot first; they are not held before", 0, must=NOT_NEGATIVE)
     domain: Optional[int] = say("devices that the fast link joins (NVLink domain); null = those of a server", must=POSITIVE)
     pod_nodes: Optional[int] = say("servers that share a part of the fabric without oversubscription; null = all", must=POSITIVE)
+    rings: Optional[list[float]] = say("rings that 2, 3, … devices close over their own links; null = switches join them", None)
     oversubscription: float = say("bandwidth of a pod's servers over that of the pod's way out; 1 = none", must=POSITIVE)
     cores_per_node: int = say("CPU cores per server that work on data", must=POSITIVE)
     nic_bandwidth: BitRate = say("network bandwidth per device, per direction")

@@ -51,7 +51,7 @@ class Rank:
 
 def build(plan: Plan, foretold: Mapping[str, Any] | None) -> dict[str, Any]:
     """The rehearsal of the first rank of the first and of the last pipeline stage, each in a process of its own."""
-    fake = plan.but(gpu=plan.gpu.but(kind="cpu"), train=plan.train.but(compile=False))
+    fake = _fake(plan)
     firsts = sorted({0, plan.ranks - plan.ranks // plan.mesh.pp})
     with ProcessPoolExecutor(len(firsts), get_context("fork")) as pool:
         ranks = [asdict(rank) for rank in pool.map(_rehearse, [fake] * len(firsts), firsts, [plan.gpu.kind != "cpu"] * len(firsts))]
@@ -81,11 +81,22 @@ def _rehearse(plan: Plan, rank: int, gpu: bool = False) -> Rank:
         return Rank(rank, [s for s in stages if s is not None], layers, count, 4 * 4 * count, _peak(plan, axes, parts, gpu), told)
 
 
+def collectives(plan: Plan, rank: int) -> list[dict[str, Any]]:
+    """What one rank sends in a step; see Rank."""
+    fake = _fake(plan)
+    with _built(fake, rank) as (axes, _, parts):
+        return _collectives(fake, axes, parts)
+
+
 def peak(plan: Plan, rank: int) -> int:
-    """Most bytes that a rank holds at once in a step, with the kernels of the plan's device."""
-    fake = plan.but(gpu=plan.gpu.but(kind="cpu"), train=plan.train.but(compile=False))
+    """Most bytes that one rank holds at once in a step, with the kernels of the plan's device."""
+    fake = _fake(plan)
     with _built(fake, rank) as (axes, _, parts):
         return _peak(fake, axes, parts, plan.gpu.kind != "cpu")
+
+
+def _fake(plan: Plan) -> Plan:
+    return plan.but(gpu=plan.gpu.but(kind="cpu"), train=plan.train.but(compile=False))
 
 
 @contextmanager

@@ -18,11 +18,12 @@ from conf.sweep import expand, varied
 from conf.units import show
 from sim import whatif
 from sim.expect import banded
-from sim.kernels import rates
+from sim.kernels import outside, rates
 from sim.life import live
 from sim.lives import clocked, others
 from sim.memory import PARTS
 from sim.pace import pace
+from sim.parallel import block_work, columns
 from sim.room import line, verdict
 from sim.story import tell
 from sim.summary import spread, summary
@@ -94,7 +95,9 @@ def main(args: list[str]) -> int:
     if not fits["fits"]:
         print(line(plan, fits), file=sys.stderr)
     again = [f"plan={options['plan']}"] * bool(options["plan"]) + overrides
-    print(json.dumps(told) if quiet else table(plan, told["quantities"]) + farewell(folder, again))
+    beyond = outside(plan, [work for stage in ("forward", "backward") for work in block_work(columns([plan]), stage)])
+    told |= {"outside_calibration": beyond} if beyond else {}
+    print(json.dumps(told) if quiet else table(plan, told["quantities"]) + _beyond(beyond) + farewell(folder, again))
     return 0
 
 
@@ -214,6 +217,10 @@ def _parts(quantities: Mapping[str, Mapping[str, Any]]) -> str:
     sizes = {part: quantities[f"pretrain.memory_{part}"]["value"] for part in PARTS}
     shown = [part for part in sorted(PARTS, key=lambda part: -sizes[part]) if sizes[part] >= 0.01 * sum(sizes.values())]
     return f"    {'of which':20} " + ", ".join(f"{part} {show(sizes[part], 'B')}" for part in shown)
+
+
+def _beyond(beyond: list[str]) -> str:
+    return f"\n\noutside the calibrated range: {'; '.join(beyond)}" if beyond else ""
 
 
 def _size(parameters: float) -> str:

@@ -40,8 +40,9 @@ def blocks(p: Any, eager: bool) -> SimpleNamespace:
     wide, narrow = _feed_forward(p, p.ffn / tp, fused)
     inner = _mixture(p, fused, eager)
     normed = np.where(gathered, h, h / tp)  # a norm's output, the input of the matrices after it; of routed experts the router's copy is
-    mixture = h / tp + np.where(eager & np.equal(moe.shared, 0), 0.0, normed) + inner
-    none = h / tp + normed + attention, h / tp + normed + wide, mixture
+    entry = h / tp + _unfused_norm(p)
+    mixture = entry + np.where(eager & np.equal(moe.shared, 0), 0.0, normed) + inner
+    none = entry + normed + attention, entry + normed + wide, mixture
     # A half of a block keeps its input and what its last matrix gave; over tp also its input gathered and its output before the sum.
     half = 2 * h / tp + np.where(gathered, 2 * h, 0.0)
     # The trainer's mixture keeps all, Megatron's computes its activation again.
@@ -102,6 +103,12 @@ def _attention(p: Any) -> tuple[Any, Any]:
     products = np.where(latent, wide + 3 * value, wide + 2 * key + value) + sent
     mask = gathers * p.seq_len / p.micro_batch
     return kept / p.tp + mask + latent * (narrow + mla.q_rank + mla.kv_rank), products / p.tp + latent * narrow
+
+
+def _unfused_norm(p: Any) -> Any:
+    """Elements a token that torch's RMSNorm on a CPU keeps besides its input: what it divided, in fp32, and its input where that is not."""
+    copies = FP32 / p.size * (1 + np.less(p.size, FP32)) * p.hidden / p.tp
+    return np.where(p.beside, 0.0, copies * (1 - 1 * p.layer_norm))
 
 
 def _feed_forward(p: Any, width: Any, fused: Any) -> tuple[Any, Any]:

@@ -4,15 +4,16 @@
 
 With overlap 1 this is the roofline (Williams, Waterman and Patterson 2009), with 0 the sum, as on one CPU thread.
 
-On a device of many units (the SMs of a GPU) a matrix product is cut into tiles, as many at a time as there are units: a
-last wave that is not full costs as much as a full one, small tiles reload their operands more often, and every tile
-fills and drains its pipeline once:
+On a device of many units (the SMs of a GPU) a matrix product is cut into tiles, as many at a time as there are units: of a
+last wave that is not full half of the empty places are paid for, small tiles reload their operands more often, and every
+tile fills and drains its pipeline once:
 
     f = min over tile shapes (a, b) of  waves × 2 a b (k + depth) / (rate / units × e(a b / (a + b)))
 
-with waves = ceil(ceil(m / a) ceil(n / b) matrices / units) and e(i) = (i / (i + half)) / (i₀ / (i₀ + half)), i₀ that of the
-largest tile. The kernel library's choice of tile is taken to be the best one. Causal attention ends with the units
-waiting for the longest row of blocks. Everything takes arrays over plans.
+with waves = max(1, (w + ceil w) / 2), w = ceil(m / a) ceil(n / b) matrices / units, and e(i) = (i / (i + half)) / (i₀ / (i₀ +
+half)), i₀ that of the largest tile. The kernel library's choice of tile is taken to be the best one. Causal attention is as
+long as its rows of blocks spread evenly, or as its longest row, √(even² + longest²) where the two are near. Everything takes
+arrays over plans.
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,9 @@ class Rates:
     gemm_depth: float  # of k that filling and draining a tile costs
     gemm_half: float  # intensity, a b / (a + b), at which a tile runs at half of an endless one's rate
     grouped: float  # rate of grouped products over that of single ones
+    burst: float  # by how much products of a moment are faster than those of a training, which runs at its power limit
+    grouped_alone: float  # the same of grouped products that are measured by themselves
+    alone: float  # speed of kernels that are measured one by one over that in a training
     overlap: float
     composition: float  # time of operations in a row over the sum of their times alone
     glue: float  # s that a block's forward or backward takes besides its operations
@@ -76,6 +80,7 @@ class Rates:
     latency: dict[str, float]  # s a hop of each collective inside a server
     link: dict[str, float]  # B/s of each collective inside a server
     start: float  # s that any collective takes to start
+    nvls: float  # B/s at which the switches of a domain reduce, 0 where they cannot
     nic: float  # fraction of the network's bandwidth that collectives reach
     shard_unit: float  # s that sharding adds to a unit's forward and backward
     shard_copy: float  # B/s of copying a unit's parameters and gradients
@@ -92,7 +97,7 @@ class Rates:
     workers: float  # s to start the workers of the data stages
 
 
-TILES = ((256, 256), (256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))  # rows and columns, largest first
+TILES = ((256, 128), (128, 256), (128, 128))  # rows and columns, largest first
 ROWS = 128  # queries that a unit attends for at a time (FlashAttention-2 and later)
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
@@ -132,6 +137,9 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         gemm_depth=gpu.gemm_depth,
         gemm_half=gpu.gemm_half,
         grouped=gpu.grouped_efficiency,
+        burst=gpu.burst,
+        grouped_alone=gpu.grouped_alone,
+        alone=gpu.alone,
         overlap=gpu.overlap,
         composition=pick("composition", 1.0),
         glue=pick("glue", 0.0),
@@ -143,6 +151,7 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         latency={c: pick(f"{c}.latency", gpu.link_latency) for c in COLLECTIVES},
         link={c: pick(f"{c}.bandwidth", gpu.link_efficiency * gpu.link_bandwidth / 8) for c in COLLECTIVES},
         start=gpu.link_start if tiled else 0.0,
+        nvls=gpu.nvls * gpu.link_bandwidth / 8,
         nic=gpu.nic_efficiency,
         shard_unit=pick("shard_unit.latency", 0.0),
         shard_copy=pick("shard_unit.bandwidth", memory),
@@ -231,7 +240,7 @@ class Device:
         return np.asarray(times * (launches * self["launch"] + arithmetic + memory - hidden))
 
     def _in_units(self, works: Sequence["Work"], plain: Array) -> Array:
-        """Arithmetic where a device has units: products in whole waves, attention with its last rows, the others plain."""
+        """Arithmetic where a device has units: products in waves, attention with its longest row, the others plain."""
         tiled = np.isfinite(self["units"])
         spent = list(plain)
         found = [(place, product) for place, work in enumerate(works) for product in work.products]
@@ -242,18 +251,24 @@ class Device:
                 spent[place] = np.where(tiled, whole, spent[place])
         for place, work in enumerate(works):
             if work.chain is not None:
-                spent[place] = spent[place] + np.where(tiled, work.chain * self["units"] / self[f"rate.{work.kind}"], 0.0)
+                longest = np.where(tiled, work.chain * self["units"] / self[f"rate.{work.kind}"], 0.0)
+                spent[place] = np.hypot(spent[place], longest)
         return stacked(spent)[0]
 
     def _tiles(self, products: Sequence["Product"], rates: Sequence[Array]) -> Array:
-        """Arithmetic of products, each in whole waves of its best tiles."""
+        """Arithmetic of products, each in waves of its best tiles."""
         columns = [[getattr(product, name) for product in products] for name in ("m", "n", "k", "matrices")]
         m, n, k, matrices, rate = stacked(*columns, rates)
-        a, b = (np.array(side, float).reshape(-1, *[1] * m.ndim) for side in zip(*TILES, strict=True))
-        intensity, largest = a * b / (a + b), np.prod(TILES[0]) / np.sum(TILES[0])
-        share = intensity / (intensity + self["gemm_half"]) * (largest + self["gemm_half"]) / largest
-        waves = np.ceil(np.ceil(m / a) * np.ceil(n / b) * matrices / self["units"])
-        best = np.min(waves * (a * b / share), axis=0)
+        each, half, best = matrices / self["units"], self["gemm_half"], None
+        for a, b in TILES:
+            waves = np.ceil(m / a) * np.ceil(n / b) * each
+            cost = np.ceil(waves)  # in place: these are the largest arrays of a step
+            cost += waves
+            np.maximum(cost, 2.0, out=cost)
+            cost *= a * b + (a + b) * half  # a b / e, but for what all tiles have in common
+            best = cost if best is None else np.minimum(best, cost, out=best)
+        largest = np.prod(TILES[0]) / np.sum(TILES[0])
+        best = best * (0.5 * largest / (largest + half))
         grouped = np.where(matrices > 1, self["grouped"], 1.0)
         return np.asarray(2 * best * (k + self["gemm_depth"]) * (k > 0) / (rate / self["units"] * grouped))
 
@@ -278,6 +293,11 @@ class Product:
     k: Any
     matrices: Any = 1
 
+    def sizes(self) -> dict[str, Any]:
+        """What is held against a calibrated range: m, n and k, or the tokens of an expert."""
+        single = np.all(np.asarray(self.matrices) == 1)
+        return {"m": self.m, "n": self.n, "k": self.k} if single else {"expert": np.minimum(self.m, self.k)}
+
 
 @dataclass(frozen=True)
 class Work:
@@ -288,7 +308,7 @@ class Work:
     bytes: Any
     launches: Any
     products: tuple[Product, ...] = ()
-    chain: Any = None  # FLOPs of one unit while the others have ended
+    chain: Any = None  # FLOPs of the longest row, which is one unit's
     times: Any = 1
     fused: float = 1.0  # share of the bytes that fused code moves
 
@@ -313,12 +333,33 @@ def matmul(m: Any, n: Any, k: Any, size: Any, stage: str, matrices: Any = 1, lau
 def attention(tokens: Any, seq: Any, width: Any, size: Any, stage: str, head: Any = 0) -> Work:
     """Causal attention of sequences of `seq` tokens: forward 2 t s w, backward 2.5 times that (Dao 2023, FlashAttention-2).
 
-    Its traffic also stands for the tiles on the diagonal, whose masked half is computed: both grow with t w. While the last
-    rows of ROWS queries of a head look at the whole sequence, half of their time no other work is left.
+    Its traffic also stands for the tiles on the diagonal, whose masked half is computed: both grow with t w. The last ROWS
+    queries of a head look at the whole sequence, and one unit computes them.
     """
     factor = 1.0 if stage == "forward" else 2.5
-    chain = factor * 0.5 * 4 * ROWS * seq * head
+    chain = factor * 4 * ROWS * seq * head
     return Work(f"attention.{stage}", factor * 2 * tokens * seq * width, factor * 4 * tokens * width * size, 2, chain=chain)
+
+
+def outside(plan: Plan, works: Sequence[Work]) -> list[str]:
+    """What of a plan's products and attention lies outside the range in which its device's kernels were measured.
+
+    Empty where nothing was, as of a device without such measurements: its rates come from whole steps.
+    """
+    sizes: dict[str, set[int]] = {"seq": {plan.train.seq_len}, "head": {plan.model.head_dim}}
+    for product in (product for work in works if np.any(work.times) for product in work.products):
+        for name, size in product.sizes().items():
+            sizes.setdefault(name, set()).update(np.ravel(size).astype(int).tolist())
+    return beyond(plan, sizes)
+
+
+def beyond(plan: Plan, sizes: Mapping[str, set[int]]) -> list[str]:
+    """The same of some sizes, by their name in the device's table."""
+    told = []
+    for name, (least, most) in (plan.gpu.calibrated or {}).items():
+        out = sorted(size for size in sizes.get(name, ()) if not least <= size <= most)
+        told += [f"{name}={', '.join(map(str, out))} (measured {least} to {most})"] if out else []
+    return told
 
 
 def moved(kind: str, elements: Any, size: Any, stage: str) -> Work:

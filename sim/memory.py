@@ -2,7 +2,7 @@
 
 A step is a tide: activations rise with the forward passes in flight and fall with the backward ones, while gradients rise. Which
 moment is the highest depends on the plan, so each that can be is added up, on the first, the second and the last rank of the pipeline
-(those between hold less than the second), and the fullest counts. What FSDP2 holds unsharded, and what torch's pipeline stages
+(which stands for those between), and the fullest counts. What FSDP2 holds unsharded, and what torch's pipeline stages
 receive into, is counted from the trainer's own code; with ZeRO below 3 from Megatron's.
 """
 
@@ -153,12 +153,15 @@ def _sharded(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Mom
     second = np.where(several, added - FP32 * head, FP32 * unit) * alone + tied
     final = (several * FP32 * (unit + table - head) + FP32 * unit) * alone + tied
     copies = np.where((p.tp > 1) | (p.pp > 1), 3 * FP32 + size, 3 * FP32)  # logits as they are, where the loss does not own them
-    late = size * (table + (stage.held - table) / p.vpp) * (p.parted * ~np.equal(p.dual, 1))  # gradients of weights, not yet added
+    # Gradients of weights wait in half precision for the next inputs' backward pass of their stage: all before it, one stage's at the loss.
+    split, blocks_held = p.parted * ~np.equal(p.dual, 1), size * (stage.held - table)
+    late = (size * stage.head + blocks_held / p.vpp) * split
     acts, reduced = stage.activations, state + FP32 * stage.shard
     back = {"gathered": around, "activations": acts}
     fewer = back | {"activations": acts - block.kept, "working": alone * block.working}
     moments = [
-        back | {"gradients": first + size * block.down, "working": block.working, "state": state + shard * head},
+        back | {"gradients": first + np.maximum(size * block.down, split * blocks_held), "working": block.working,
+                "state": state + shard * head},
         back | {"gradients": first + size * block.feed, "working": block.attending, "activations": acts - block.freed, "state": state},
         fewer | {"gradients": second + size * block.down, "state": state + shard * (head + unit)},
         fewer | {"gradients": final + size * block.down, "activations": alone * block.kept, "state": reduced},
@@ -211,7 +214,8 @@ def _stage(p: Any, block: SimpleNamespace, rank: Any, eager: bool) -> SimpleName
     stages = p.pp * p.vpp
     ends = (p.layers % stages > 0) & ((p.layers + 2) % stages == 0)  # embedding and head count as layers
     first, last = np.equal(rank, 0), np.where(p.v_shaped, np.equal(rank, 0), np.equal(rank, p.pp - 1)) > 0
-    even = np.floor(p.layers * (rank + 1) / p.pp) - np.floor(p.layers * rank / p.pp)
+    between = np.greater(rank, 0) & np.less(rank, p.pp - 1)  # of those one has the most layers
+    even = np.where(between, np.ceil(p.layers / p.pp), np.floor(p.layers * (rank + 1) / p.pp) - np.floor(p.layers * rank / p.pp))
     layers = np.where(ends, (p.layers + 2) / p.pp - first - last, even)
     dense = np.where(p.pp > 1, np.clip(p.moe.dense_layers - rank * layers / p.vpp, 0, layers / p.vpp), p.moe.dense_layers)
     mixed = np.where(np.greater(p.moe.experts, 0), layers - dense, 0.0)
@@ -234,6 +238,6 @@ def _stage(p: Any, block: SimpleNamespace, rank: Any, eager: bool) -> SimpleName
         logits=logits, outputs=np.where(p.gpipe, (p.accumulation - 1) * (FP32 + p.size), late) * logits,
         ends=last * block.tokens * p.hidden * (1 + 1 / p.tp) * p.size,  # inputs of the last norm and of the head
         activations=flight * kept + passed, a_pass=kept, steady=p.accumulation * p.vpp > flight,
-        waits=flight * kept + wait * each * block.waits + passed,
+        waits=(flight - (p.v_shaped & np.equal(rank, p.pp - 1))) * kept + wait * each * block.waits + passed,
         messages=p.accumulation * message * np.where(p.v_shaped, 4 - 2 * first, 2 * p.vpp - 1.0 * first - last),
     )  # fmt: skip

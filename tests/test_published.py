@@ -1,4 +1,4 @@
-"""Tables of published measurements: rows become plans, errors are told, nothing is dropped in silence; kernels and their tiles."""
+"""Tables of published measurements: rows become plans, errors are told, nothing is dropped in silence."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from analysis.published import FACTS, read, scores
-from analysis.replay import Unplayable, fabric, kernel, plan_of, power_cap, steps_of, zero_stage
+from analysis.replay import Unplayable, fabric, plan_of, power_cap, steps_of, zero_stage
 from conf.errors import Refused
 from conf.program import load
 from sim.kernels import Device, Product, Work, matmul, rates
@@ -80,7 +80,7 @@ def test_adapters_need_two_thirds_of_the_products():
     assert 0.55 < low / full < 0.8
 
 
-def test_a_last_wave_costs_as_much_as_a_full_one():
+def test_a_last_wave_costs_more_than_its_share():
     gpu = Device([rates(load(["gpu=h100_sxm", "train.precision=bf16"]))])
     times = [float(gpu.seconds(matmul(256 * rows, 256 * 12, 8192, 2, "forward"))[0]) for rows in (11, 22, 23, 33)]
     assert times[1] == pytest.approx(2 * times[0], rel=0.02) and times[3] == pytest.approx(3 * times[0], rel=0.02)  # 132 tiles a wave
@@ -88,13 +88,6 @@ def test_a_last_wave_costs_as_much_as_a_full_one():
     deep, many = (matmul(4096, 4096, 4096, 2, "forward"), matmul(4096, 4096, 4096, 2, "forward", 64))
     assert gpu.seconds(many)[0] > gpu.seconds(deep)[0]
     assert gpu.seconds(Work("matmul.forward", 0.0, 0.0, 0, (Product(1, 1, 0),)))[0] == 0
-
-
-def test_kernels_are_what_their_rows_count():
-    flops, work = kernel({"op": "sdp_fwd", "seq": 4096, "heads": 8, "qk_head_dim": 128, "v_head_dim": 128})
-    assert flops == 4 * 4096 * 4096 * 8 * 128 and work.flops == flops / 2
-    flops, work = kernel({"op": "group_matmul", "groups": 8, "m": 64, "n": 512, "k": 256, "stage": "bwd_grad_w", "accumulate": True})
-    assert flops == 2 * 8 * 64 * 512 * 256 and work.products == (Product(512, 256, 64, 8),)
 
 
 def test_what_is_sharded_is_held_once():
@@ -186,3 +179,14 @@ def test_a_fit_leaves_every_source_out_in_turn(tmp_path, foretold):
     assert status == 0 and "sc21" in text and "internevo" in text
     assert 0.6 < found.loc[("ampere", "gemm_efficiency"), "value"] < 0.95
     assert (found.standard_error > 0).all()
+
+
+@TABLED
+def test_a_fit_folds_tables_of_kernels_and_tells_its_parameters(tmp_path, foretold):
+    """Asked of the 5-fold: mean 8%, median 5%, at most 15 parameters; of one of the two devices here, to be short."""
+    frame = pd.read_csv(TABLES / "kernel_efficiency.csv")
+    frame[frame.gpu.str.startswith("A100")].to_csv(tmp_path / "t.csv", index=False)
+    status, text, _ = foretold("analysis", "fit", f"tables={tmp_path / 't.csv'}")
+    line = next(line.split() for line in text.splitlines() if line.startswith("all of t, 5-fold"))
+    rows, mean, median, fitted = int(line[4]), float(line[5]), float(line[6]), int(line[-1])
+    assert status == 0 and rows == 170 and mean < 5 and median < 3 and fitted <= 15

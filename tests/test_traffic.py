@@ -5,7 +5,7 @@ from multiprocessing import get_context
 import pytest
 
 from conf.program import load
-from real.dry import _rehearse
+from real.dry import collectives
 from sim.traffic import totals, traffic
 
 TINY = [
@@ -51,7 +51,7 @@ def both(task):
     group, which the trace cannot tell apart."""
     words, rank = task
     plan = load([*TINY, *words.split()])
-    traced = _rehearse(plan.but(gpu=plan.gpu.but(kind="cpu")), rank * plan.ranks // plan.mesh.pp).collectives
+    traced = collectives(plan, rank * plan.ranks // plan.mesh.pp)
     joint = {name: call["axis"] for call in traced for name in call["axis"].split("/")}
     counted = totals([call._replace(axis=joint.get(call.axis, call.axis)) for call in traffic(plan, rank)])
     return {(c["kind"], c["axis"], c["ranks"]): (c["calls"], c["bytes"]) for c in traced}, counted
