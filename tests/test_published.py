@@ -149,6 +149,8 @@ def test_the_page_in_the_readme_is_what_the_command_prints(foretold):
 @TABLED
 def test_the_facts_that_ship_are_those_that_were_compiled():
     for path in sorted(FACTS.glob("*.csv")):
+        if path.stem == "clusters":  # taken from several rows of reliability.csv
+            continue
         compiled = pd.read_csv(TABLES / path.name)
         pd.testing.assert_frame_equal(pd.read_csv(path), compiled[[name for name in compiled if not name.endswith(".1")]])
 
