@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis.replay import Replayed, Unplayable, each, records, tabled
+from analysis.rows import Replayed, Unplayable, each, records, tabled
 from conf.program import load
 from sim.expect import expected
 from sim.pace import pace

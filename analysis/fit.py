@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
 
-from analysis import replay
+from analysis import alone, replay
 from analysis.compare import columns as aligned
 from analysis.published import BAND, KINDS, read, recognise
+from analysis.rows import device_of, records
 from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
@@ -91,7 +92,7 @@ class Rows(NamedTuple):
             numbers, network = replay.arrays(plans, self.numbers.frozen[index])
         else:
             numbers = [self.numbers[i] for i in index] if plans else []
-            network = Network(plans, replay.device_of(plans)) if self.network is not None and plans else None
+            network = Network(plans, device_of(plans)) if self.network is not None and plans else None
         kept = {name: getattr(self, name)[index] for name in ("groups", "parts", "folds", "measured")}
         return self._replace(plans=plans, numbers=numbers, network=network, **kept)
 
@@ -101,13 +102,13 @@ class Rows(NamedTuple):
 
     def told(self, values: Mapping[str, float]) -> tuple[Array, Array]:
         """Seconds of every row with these parameters, and the standard deviation of their logarithm."""
-        device = replay.device_of(self.plans, values)
+        device = device_of(self.plans, values)
         if self.network is None:
-            return replay.alone(device, self.numbers), device["error"]
+            return alone.alone(device, self.numbers), device["error"]
         network = self.network.under(device)
         if self.kind == "collectives":
             kinds, sizes = zip(*self.numbers, strict=True)
-            return replay.together(network, list(kinds), np.array(sizes)), device["error"]
+            return alone.together(network, list(kinds), np.array(sizes)), device["error"]
         steps = predict(self.numbers, device, network)
         return steps.step_time, steps.error
 
@@ -164,13 +165,13 @@ def rows_of(path: Path) -> Rows:
         groups, folds, seconds = groups[kept], folds[kept], seconds[kept]
         parts = groups
     elif name == "collectives":
-        told = [replay.collective(row) for row in replay.records(frame)]
+        told = [alone.collective(row) for row in records(frame)]
         plans, numbers = [plan for plan, _, _ in told], [(kind, size) for _, kind, size in told]
-        network, groups, seconds = Network(plans, replay.device_of(plans)), "collectives " + groups, seconds * 1e-6
+        network, groups, seconds = Network(plans, device_of(plans)), "collectives " + groups, seconds * 1e-6
         parts = groups + np.array([f", {plan.ranks}" for plan in plans])
     else:
-        rows = replay.records(frame)
-        plans, numbers = [replay.kernel_plan(row) for row in rows], [replay.kernel(row) for row in rows]
+        rows = records(frame)
+        plans, numbers = [alone.kernel_plan(row) for row in rows], [alone.kernel(row) for row in rows]
         done = np.array([kernel.flops / (float(row["peak_tflops"]) * 1e12) for kernel, row in zip(numbers, rows, strict=True)])
         groups, seconds = "kernels " + groups, done / seconds
         parts = groups + " " + frame["op"].to_numpy()

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.replay import Replayed, Unplayable, arrays, each, part_of, tabled
+from analysis.replay import arrays
+from analysis.rows import Replayed, Unplayable, each, part_of, tabled
 from conf.arithmetic import parameters
 from conf.plan import Plan
 from conf.program import load

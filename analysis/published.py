@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import claims, nodes, replay
+from analysis import alone, claims, nodes, replay
 from analysis.compare import columns as aligned
+from analysis.rows import Replayed
 from conf.errors import Refused
 from conf.files import commit, write
 from conf.program import flag
@@ -37,14 +38,14 @@ class Kind(NamedTuple):
 
     columns: tuple[str, ...]
     measured: str
-    predict: Callable[[pd.DataFrame], replay.Replayed]
+    predict: Callable[[pd.DataFrame], Replayed]
     lines: Callable[[pd.DataFrame], pd.DataFrame] | None = None  # where a row holds several measured quantities
 
 
 KINDS = {
     "step_time": Kind(replay.STEPS, "step_time_s", replay.steps_of),
-    "kernel_efficiency": Kind(replay.KERNELS, "efficiency", replay.kernels_of),
-    "collectives": Kind(replay.COLLECTIVES, "time_us", replay.collectives_of),
+    "kernel_efficiency": Kind(alone.KERNELS, "efficiency", alone.kernels_of),
+    "collectives": Kind(alone.COLLECTIVES, "time_us", alone.collectives_of),
     "node_power": Kind(nodes.NODES, nodes.MEASURED, nodes.nodes_of),
     "energy": Kind(claims.ENERGY, "printed", claims.claims_of, claims.long),
 }

@@ -273,6 +273,11 @@ class Device:
         return np.asarray(2 * best * (k + self["gemm_depth"]) * (k > 0) / (rate / self["units"] * grouped))
 
 
+def some(numbers: Any) -> bool:
+    """Whether any of some numbers, or the one that all plans have, is not zero."""
+    return bool(numbers.any() if isinstance(numbers, np.ndarray) else numbers)
+
+
 def stacked(*columns: Sequence[Any]) -> list[Array]:
     """Each column's arrays and numbers along a new first axis, in shapes that broadcast (np.stack takes only equal ones)."""
     shapes = [np.broadcast_shapes(*{getattr(value, "shape", ()) for value in column}) for column in columns]
@@ -284,7 +289,7 @@ def stacked(*columns: Sequence[Any]) -> list[Array]:
     return arrays
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Product:
     """A matrix product [m, k] × [k, n], or as many at once with m rows each; arrays over plans, or numbers."""
 
@@ -299,7 +304,7 @@ class Product:
         return {"m": self.m, "n": self.n, "k": self.k} if single else {"expert": np.minimum(self.m, self.k)}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Work:
     """What an operation asks of a device; arrays over plans, or numbers."""
 

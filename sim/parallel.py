@@ -18,17 +18,15 @@ import numpy as np
 
 from conf.arithmetic import (
     attention_matrices,
-    embedding_parameters,
     expert_layers,
     flops_per_token,
-    layers_parameters,
     parameters,
     query_width,
-    routed_parameters,
     value_width,
 )
 from conf.plan import Plan
-from sim.kernels import Array, Device, Work, attention, matmul, moved, rates
+from sim.collectives import context_traffic, experts_shown, gathers, message, sharding, tensor_traffic
+from sim.kernels import Array, Device, Work, attention, matmul, moved, rates, some
 from sim.memory import MOMENTS, held, memory
 from sim.network import Network
 from sim.schedule import PARTED, V_SHAPED
@@ -136,8 +134,8 @@ def predict(p: Any, device: Device, network: Network) -> Steps:
     bubble, optimizer = _bubble(p, part), p.crowd * part.optimizer
     step_time = compute + communication + bubble + optimizer
     sequences = np.ceil(p.evaluate_sequences / (p.dp * p.micro_batch))
-    gathers = np.zeros(1) if p.beside.all() else np.where(p.beside, 0.0, _gathers(p, network, part.layers))
-    evaluate = p.crowd * sequences * (part.layers * part.block_forward + part.ends_forward + gathers + 0.5 * part.units)
+    awaited = np.zeros(1) if p.beside.all() else np.where(p.beside, 0.0, gathers(p, network, part.layers))
+    evaluate = p.crowd * sequences * (part.layers * part.block_forward + part.ends_forward + awaited + 0.5 * part.units)
     rate = p.tokens_per_step / step_time
     mfu = rate * flops_per_token(p, p.seq_len) / (p.peak * p.ranks)
     base = np.where(p.moe.experts > 0, device["mixture_error"], device["error"])
@@ -174,7 +172,7 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
     added = _accumulate(p, device, layers * spent["weights"])
     backward = layers * (spent["backward"] + again) + shown * spent["ends.backward"] + added
     hidden = np.where(p.compiled, device["tensor_overlap"], 0.0)
-    send = np.where(p.pp > 1, network.send("pp", _message(p)), 0.0)
+    send = np.where(p.pp > 1, network.send("pp", message(p)), 0.0)
     agreed = network.collective("all_reduce", "dp_shard", 4.0)  # one number: the gradient norm, and the loss
     return SimpleNamespace(
         layers=layers, block_forward=spent["forward"], ends_forward=spent["ends.forward"],
@@ -184,10 +182,10 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
         arithmetic=slowest * (layers * (spent["arithmetic"] + doubled) + shown * (spent["ends.arithmetic"] + p.mtp * spent["arithmetic"])),
         stalled=slowest * (layers * spent["stalled"] + around), waiting=spent["waiting"] / block,
         added=slowest * added, around=slowest * around, units=_units(p, device, layers),
-        traffic=(1 - hidden) * _tensor_traffic(p, network, layers) + _context_traffic(p, device, network, layers, spent)
-        + _experts_shown(p, device, network, layers, forward + backward),
+        traffic=(1 - hidden) * tensor_traffic(p, network, layers) + context_traffic(p, device, network, layers, spent)
+        + experts_shown(p, device, network, layers, forward + backward),
         send=send,
-        sends=_sends(p, send), sharding=_sharding(p, network, layers, p.accumulation), agreed=agreed,
+        sends=_sends(p, send), sharding=sharding(p, network, layers, p.accumulation), agreed=agreed,
         optimizer=_optimizer(p, device) + agreed,
     )  # fmt: skip
 
@@ -269,7 +267,7 @@ def block_work(p: Any, stage: str) -> list[Work]:
     tokens, size, h = p.micro_batch * p.seq_len / p.cp, p.size, p.hidden
     mixed = expert_layers(p) / p.layers
     *into, out = attention_matrices(p)
-    work = [matmul(tokens, n / p.tp, k, size, stage) * there for n, k, there in into if _some(there)]
+    work = [matmul(tokens, n / p.tp, k, size, stage) * there for n, k, there in into if some(there)]
     work.append(matmul(tokens, out[0], out[1] / p.tp, size, stage))
     whole = np.where(p.fused_attention, 1, 2)  # without fusion the masked half is computed too, and every score is written and read
     work.append(attention(tokens, p.seq_len, (query_width(p) + value_width(p)) / 2 / p.tp, size, stage, p.head_dim) * whole)
@@ -279,17 +277,12 @@ def block_work(p: Any, stage: str) -> list[Work]:
     turned = np.where(latent, p.heads * p.mla.rope, value_width(p)), np.where(latent, p.mla.rope, p.kv_heads * p.head_dim)
     work += [moved("rotary", tokens * width / p.tp, size, stage) * p.rope for width in turned]
     work += [part * (1 - mixed) for part in _feed_forward(p, tokens, p.ffn, size, stage)]
-    work += [part * mixed for part in _mixture(p, tokens, size, stage)] if _some(mixed) else []
+    work += [part * mixed for part in _mixture(p, tokens, size, stage)] if some(mixed) else []
     work.append(moved("quantise", tokens * (_operands(p) + (h + value_width(p)) / p.tp), size, stage) * p.narrow)
     eager, fused, old = ADDS[stage]
     adds = np.where(p.compiled, np.where(p.fused_attention > 0, fused, old), eager)
     work.append(moved("add", tokens * h / p.tp, size, "forward") * adds)
-    return [part for part in work if _some(part.times)]  # what none of the plans does costs nothing
-
-
-def _some(numbers: Any) -> bool:
-    """Whether any of some numbers, or the one that all plans have, is not zero."""
-    return bool(numbers.any() if isinstance(numbers, np.ndarray) else numbers)
+    return [part for part in work if some(part.times)]  # what none of the plans does costs nothing
 
 
 def _operands(p: Any) -> Any:
@@ -368,7 +361,7 @@ def _ends(p: Any, stage: str) -> list[Work]:
     work = [moved(kind, tokens * p.hidden / p.tp, size, stage) * times for kind, times in (("embedding", more), ("norm", 1 + 3 * p.mtp))]
     head = [matmul(tokens, p.vocab / p.tp, p.hidden, size, stage), moved("loss", tokens * p.vocab / p.tp, 4.0, stage)]
     joined = matmul(tokens, p.hidden / p.tp, 2 * p.hidden, size, stage) * p.mtp
-    return [*work, *(part * more for part in head), *([joined] if _some(p.mtp) else [])]
+    return [*work, *(part * more for part in head), *([joined] if some(p.mtp) else [])]
 
 
 def _accumulate(p: Any, device: Device, weights: Array) -> Array:
@@ -386,105 +379,8 @@ def _optimizer(p: Any, device: Device) -> Array:
     return np.asarray(~p.frozen * (tensors * device["optimizer_tensor"] + device.seconds(moved("optimizer", shard, 4.0, "step"))))
 
 
-def _tensor_traffic(p: Any, network: Network, layers: Array) -> Array:
-    """Sequence-parallel all-gathers and reduce-scatters of one micro-batch: two of each forward, again backward, and again where the
-    forward pass is."""
-    size = p.micro_batch * p.seq_len / p.cp * p.hidden * p.size
-    pair = network.collective("all_gather", "tp", size) + network.collective("reduce_scatter", "tp", size)
-    return np.asarray(layers * 2 * (1 + _forwards(p)) * pair)
-
-
-def _forwards(p: Any) -> Any:
-    """Forward passes of a block: one, and another where the backward pass does it again."""
-    return 1 + p.recompute_share * p.recompute
-
-
-def _context_traffic(p: Any, device: Device, network: Network, layers: Array, spent: dict[str, Array]) -> Array:
-    """What spreading sequences over cp adds to one micro-batch.
-
-    ring: keys and values go round in cp − 1 hops each pass, beside the attention to those at hand, and on the way back their fp32
-    gradients too (Liu et al. 2023, Ring Attention, section 3); gather: they are gathered, their gradients reduced (Llama 3, arXiv
-    2407.21783, section 3.3.2); ulysses: queries, keys, values and outputs trade sequence for heads (Jacobs et al. 2023).
-    """
-    if not _some(p.cp > 1):
-        return np.zeros(1)
-    tokens, forwards = p.micro_batch * p.seq_len / p.cp / p.tp * p.size, _forwards(p)
-    latent = p.mla.kv_rank > 0
-    keys = tokens * np.where(latent, query_width(p) + value_width(p), 2 * p.kv_heads * p.head_dim)
-    hop, late = network.send("cp", keys), network.send("cp", keys * 4 / p.size)
-    round_ = {"forward": forwards * (p.cp - 1) * hop, "backward": (p.cp - 1) * hop + p.cp * late}
-    beside = {"forward": forwards * spent["attention.forward"], "backward": spent["attention.backward"]}
-    hidden = sum(np.where(p.beside, np.minimum(round_[stage], beside[stage]), 0.0) for stage in round_)
-    ring = sum(round_.values()) - (1 - device["slowdown"]) * hidden
-    gathered = forwards * network.collective("all_gather", "cp", keys * p.cp) + network.collective("reduce_scatter", "cp", keys * p.cp)
-    traded = tokens * (query_width(p) + value_width(p)) + keys
-    ulysses = (forwards + 1) * network.all_to_all(p.cp, 1.0, traded, p.tp)
-    return np.asarray(layers * (p.cp > 1) * np.where(p.ulysses, ulysses, np.where(p.gathered, gathered, ring)))
-
-
-def _expert_traffic(p: Any, network: Network, layers: Array) -> Array:
-    """Tokens sent to their experts and back in one micro-batch, forward and backward, and forward again where recomputed; ranks that
-    share experts gather the tokens and reduce the results. The rank with the fullest experts is waited for."""
-    size = p.micro_batch * p.seq_len / p.cp / p.tp * p.hidden * p.size * p.moe.imbalance
-    passes = 2 * (1 + _forwards(p)) * layers * expert_layers(p) / p.layers
-    whole = size * p.moe.top_k * p.etp
-    shared = network.ring("all_gather", p.etp, np.ones(1), whole) + network.ring("reduce_scatter", p.etp, np.ones(1), whole)
-    return np.asarray(passes * (network.all_to_all(p.ep, p.moe.top_k, size, p.etp, p.once) + 0.5 * shared))
-
-
-def _experts_shown(p: Any, device: Device, network: Network, layers: Array, compute: Array) -> Array:
-    """What a micro-batch waits for its experts' traffic: all of it, or, beside another one's compute, what exceeds that and what it
-    slows it by."""
-    traffic = _expert_traffic(p, network, layers) if _some(p.moe.experts) else np.zeros(1)
-    hidden = np.where(p.overlap_experts, np.minimum(traffic, compute), 0.0)
-    return np.asarray(traffic - (1 - device["slowdown"]) * hidden)
-
-
-def _message(p: Any) -> Array:
-    """Bytes of the activations between pipeline stages."""
-    return np.asarray(p.micro_batch * p.seq_len / p.cp * p.hidden / p.tp * p.size)
-
-
 def _units(p: Any, device: Device, layers: Array) -> Array:
     """What sharding adds to the compute of one micro-batch: hooks a unit, and copies in and out of flat buffers."""
     count = layers + np.where(p.tied > 0, 1, 2)
     copied = held(p) * p.size
     return np.where((p.dp > 1) & (p.zero == 3), count * device["shard_unit"] + copied / device["shard_copy"], 0.0)
-
-
-def _gathers(p: Any, network: Network, layers: Array) -> Array:
-    """All-gathers of the parameters for one forward pass."""
-    return layers * _exchange(p, network, "all_gather", p.size) + _ends_exchange(p, network, "all_gather", p.size)
-
-
-def _exchange(p: Any, network: Network, kind: str, size: Any) -> Array:
-    """A collective over the shards of one block: the ranks of dp_shard and cp, and for experts those that hold the same ones."""
-    common = network.ring(kind, p.dp_shard * p.cp, p.tp, layers_parameters(p) / p.layers / p.tp * size)
-    if not _some(p.moe.experts):
-        return common
-    holders, routed = p.dp_shard * p.cp * p.tp / p.ep / p.etp, routed_parameters(p) / p.layers / p.ep / p.etp
-    return np.asarray(common + (p.moe.experts > 0) * network.ring(kind, holders, p.ep * p.etp, routed * size))
-
-
-def _ends_exchange(p: Any, network: Network, kind: str, size: Any) -> Array:
-    """The same for embedding and head."""
-    tables = np.where(p.tied > 0, 1, 2)
-    return np.asarray(tables * network.ring(kind, p.dp_shard * p.cp, p.tp, embedding_parameters(p) / p.tp * size))
-
-
-def _sharding(p: Any, network: Network, layers: Array, micro_batches: Array) -> Array:
-    """Traffic of data parallelism in a step.
-
-    FSDP gathers parameters for forward and backward and reduces gradients with the last micro-batch; in a pipeline
-    parameters stay gathered for the step, and the head's and root's units do not reshard after forward. With gradients
-    sharded (ZeRO-2) they are gathered once a micro-batch, with optimizer states sharded (ZeRO-1) once a step, and with
-    nothing sharded gradients are all-reduced: as much as a reduction and a gathering.
-    """
-    passes = np.where((p.pp > 1) | (p.zero < 2), 1, np.where(p.zero == 3, 2, 1) * micro_batches)
-    ends = np.where((p.pp > 1) | (p.zero < 2), 1, micro_batches)
-    gather = passes * layers * _exchange(p, network, "all_gather", p.size) + ends * _ends_exchange(p, network, "all_gather", p.size)
-    kept = np.where(p.zero == 0, p.size, 4.0)  # without sharding gradients are reduced as they are, else in fp32
-    reduce = layers * _exchange(p, network, "reduce_scatter", kept) + _ends_exchange(p, network, "reduce_scatter", kept)
-    shard = (held(p) / (p.dp_shard * p.cp)) * 4
-    trained = np.where(p.frozen, (p.zero == 3) * gather, gather + reduce)
-    return np.asarray(trained + ~p.frozen * network.collective("all_reduce", "dp_replicate", shard))

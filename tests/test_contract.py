@@ -16,7 +16,7 @@ ALONE = {
     "sim": {"failures", "story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
             "room", "recovery", "storm", "replica", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
-        "attention", "bigram", "collectives", "data", "dry", "fp8", "huggingface", "initial", "layers", "loss", "measure", "model", "moe",
+        "attention", "bigram", "data", "dry", "fp8", "huggingface", "initial", "layers", "loss", "measure", "model", "moe",
         "muon", "optim", "pipeline", "progress", "slurm", "stage", "trainer",
     },
 }  # fmt: skip

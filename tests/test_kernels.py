@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import replay
-from analysis.replay import kernel
+from analysis.alone import alone, kernel
+from analysis.rows import device_of
 from conf.program import load
 from sim.kernels import ROWS, TILES, Device, Product, Work, attention, beyond, matmul, outside, rates
 from tests.conftest import SHARED
@@ -90,7 +90,7 @@ def test_kernels_are_what_their_rows_count():
 def test_a_moment_is_faster_than_a_training_and_no_call_than_its_host():
     rows = [{"op": "matmul", "m": size, "n": size, "k": size, "batch": 1} for size in (2048, 32768)]
     kernels = [kernel(row) for row in rows] + [kernel({"op": "sdp_fwd", "seq": 128, "heads": 1, "qk_head_dim": 128, "v_head_dim": 128})]
-    short, long, call = replay.alone(replay.device_of([B200] * 3), kernels)
+    short, long, call = alone(device_of([B200] * 3), kernels)
     assert short < seconds(kernels[0].work) and long * B200.gpu.alone == pytest.approx(seconds(kernels[1].work), rel=0.05)
     assert call == pytest.approx(3 * B200.gpu.host_launch)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.alone import collectives_of
 from analysis.published import read
-from analysis.replay import collectives_of
 from conf.program import load
 from sim.kernels import Device, rates
 from sim.network import Network

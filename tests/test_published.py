@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 
 from analysis.published import FACTS, read, scores
-from analysis.replay import Unplayable, fabric, plan_of, power_cap, steps_of, zero_stage
+from analysis.replay import plan_of, steps_of
+from analysis.rows import Unplayable
+from analysis.words import fabric, power_cap, zero_stage
 from conf.errors import Refused
 from conf.program import load
 from sim.kernels import Device, Product, Work, matmul, rates
