@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.rows import Replayed, Unplayable, base_of, count, each, part_of, tabled, word
-from analysis.words import BLACKWELL, Software, fabric, imbalance, narrowest, power_cap, software, zero_stage
+from analysis.words import BLACKWELL, Software, blockwise, fabric, imbalance, narrowest, power_cap, software, zero_stage
 from conf.arithmetic import flops_per_token
 from conf.plan import Mla, Model, Moe, Plan
 from sim.kernels import Device, rates
@@ -140,6 +140,7 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
                            overlap_experts=made.tokens and (ours or sizes["vpp"] > 1) and ep > cluster.domain_ranks),
         train=base.train.but(precision=precision, seq_len=sizes["seq_len"], global_batch=batch, compile=fused,
                              micro_batch=min(sizes["micro_batch"], batch // sizes["dp"]), recompute=_recompute(row),
+                             scaling="block" if blockwise(word(row, "precision")) else "tensor",
                              fused_gradients=stage < 2 and replicated is None,
                              fused_experts=made.fused and part[0] in BLACKWELL,
                              fused_attention=not old),

@@ -31,6 +31,11 @@ def narrowest(precision: str) -> str:
     return next((name for word, name in PRECISIONS if word in said), said)
 
 
+def blockwise(precision: str) -> bool:
+    """Whether a source says that fp8 or fp4 has a scale a block: MXFP8, NVFP4."""
+    return re.search("mx|nv|block", precision, re.IGNORECASE) is not None
+
+
 def zero_stage(text: str) -> int:
     """What is sharded over the data-parallel ranks, 0 to 3: nothing, optimizer states, gradients too, parameters too."""
     said = text.lower()

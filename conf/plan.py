@@ -291,6 +291,9 @@ class Train(Node):
                          "and attention) or full", must=("none", "attention", "selective", "full"))  # fmt: skip
     recompute_share: float = say("share of the blocks that recompute, spread evenly", 1.0, must=SHARE)
     compile: bool = say("whether kernels are fused: torch.compile of each block, or a framework that fuses its own", False)
+    graphs: bool = say("whether kernels are launched as CUDA graphs, so that the device never waits for the host", False)
+    scaling: str = say("of fp8 and fp4: tensor (one scale each) or block (one for every 32 elements, as MXFP8)", "tensor",
+                       must=("tensor", "block"))  # fmt: skip
     fused_gradients: bool = say("whether weight gradients add up in the products that make them, as in Megatron", False)
     fused_experts: bool = say("whether activation, quantisation and permutation ride on the experts' grouped products, launched as one",
                               False)  # fmt: skip

@@ -5,6 +5,7 @@ Everything is built on the ranks that are handed in; the module keeps no state, 
 
 from collections import defaultdict
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ from real.timeline import Timeline
 # Matrices cut by outputs, whose inputs every tensor-parallel rank has, and matrices cut by inputs, whose outputs are summed.
 COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 ROWS = ("o_proj", "down_proj")
+# The one value that is executed, where sim predicts others: other frameworks' ways.
+ONLY = {
+    "model.mtp": 0, "mesh.etp": 1, "mesh.dispatch": "copies", "mesh.overlap_experts": False, "train.scaling": "tensor",
+    "train.graphs": False, "train.fused_gradients": False, "train.fused_experts": False, "train.fused_attention": True,
+}  # fmt: skip
 V_SHAPED = ("zbv", "dualpipev")  # schedules in which a rank hands work to itself, which older gloo cannot
 gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the older names warn from torch 2.13 on
 scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -44,6 +50,9 @@ def refuse_unbuilt(plan: Plan) -> None:
 
 def _unbuilt(plan: Plan) -> Iterator[tuple[str, str]]:
     """Each value that this trainer does not execute, and the one that it does."""
+    for key, value in ONLY.items():
+        if (said := attrgetter(key)(plan)) != value:
+            yield f"{key}={str(said).lower()}", f"set {key}={str(value).lower()}"
     yield from _unbuilt_model(plan)
     yield from _unbuilt_mesh(plan)
 
@@ -62,15 +71,8 @@ def _unbuilt_model(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "a mixture of experts with model.layer_norm or without model.gated", "set model.layer_norm=false model.gated=true"
     if model.mla.kv_rank and (model.qk_norm or model.layer_norm):
         yield "model.mla with model.qk_norm or model.layer_norm", "set model.qk_norm=false model.layer_norm=false"
-    if model.mtp:
-        yield f"model.mtp={model.mtp}", "set model.mtp=0"
     if plan.train.recompute == "attention":
         yield "train.recompute=attention", "set train.recompute=selective"
-    for key in ("fused_gradients", "fused_experts"):
-        if getattr(plan.train, key):
-            yield f"train.{key}=true", f"set train.{key}=false"
-    if not plan.train.fused_attention:
-        yield "train.fused_attention=false", "set train.fused_attention=true"
     if model.moe.experts and plan.train.compile and plan.train.recompute != "none":
         yield f"train.compile=true with train.recompute={plan.train.recompute} in a mixture of experts", "set train.compile=false"
 
@@ -81,12 +83,6 @@ def _unbuilt_mesh(plan: Plan) -> Iterator[tuple[str, str]]:
         yield f"mesh.schedule={mesh.pipeline} on a CPU with torch {torch.__version__}", "use torch 2.13, or mesh.schedule=zero_bubble"
     if mesh.zero != 3 and plan.dp_shard * mesh.cp > 1:
         yield f"mesh.zero={mesh.zero}", "set mesh.zero=3" + (", or dp_replicate for dp_shard" if mesh.zero == 0 else "")
-    if mesh.etp > 1:
-        yield f"mesh.etp={mesh.etp}", "set mesh.etp=1"
-    if mesh.dispatch != "copies":
-        yield f"mesh.dispatch={mesh.dispatch}", "set mesh.dispatch=copies"
-    if mesh.overlap_experts:
-        yield "mesh.overlap_experts=true", "set mesh.overlap_experts=false"
     if model.vocab % mesh.tp:
         yield f"model.vocab={model.vocab} on mesh.tp={mesh.tp} ranks", f"set model.vocab={-(-model.vocab // mesh.tp) * mesh.tp}"
     tokens, heads = plan.train.seq_len, model.heads // mesh.tp if model.mla.kv_rank else model.kv_heads // mesh.tp

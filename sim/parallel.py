@@ -40,6 +40,9 @@ ADDS = {"forward": (2, 4 / 3, 7 / 3), "backward": (5, 2 / 3, 20 / 3)}
 # Kernels that the host launches for a micro-batch besides its blocks, one after the other because their inputs come from it: what a
 # batch is handed out with, masks and positions, embedding, head, the dozen of a cross-entropy over a parted vocabulary, and backward.
 AROUND = 35
+# Bytes of quantising with a scale a block over those with one a tensor: 2 read, two copies of 1 written at once, by rows and by columns,
+# and a scale of 1 for 32 of either; with one a tensor the second copy is made in the backward pass, from the first.
+BLOCKED = {"forward": 4.0625 / 3, "backward": 4.0625 / 6}
 CORE = ("attention.forward", "scores.forward")
 
 
@@ -103,6 +106,8 @@ def columns(plans: Sequence[Plan]) -> Any:
         "dual": np.array([p.mesh.pipeline == "dualpipev" for p in plans]),
         "beside": np.array([p.gpu.kind != "cpu" for p in plans]),
         "compiled": np.array([p.train.compile for p in plans]),
+        "graphs": np.array([p.train.graphs for p in plans]),
+        "blocked": np.array([p.train.scaling == "block" for p in plans]),
         "fused_gradients": np.array([p.train.fused_gradients for p in plans]),
         "fused_experts": np.array([p.train.fused_experts for p in plans]),
         "ulysses": np.array([p.mesh.cp_kind == "ulysses" for p in plans]),
@@ -167,7 +172,7 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
         spent[f"ends.{stage}"] = spent[f"ends.{stage}"] + p.mtp * (spent[stage] + extra)
     ends = spent["ends.forward"] + spent["ends.backward"]
     shown = np.where(p.pp > 1, np.maximum(0.0, ends - _spared(p) * block), ends) / ends  # the last stage may have fewer blocks
-    around = AROUND * device["host"] + np.zeros(1)
+    around = AROUND * device["host"] * ~p.graphs + np.zeros(1)
     forward = layers * spent["forward"] + shown * spent["ends.forward"] + around
     added = _accumulate(p, device, layers * spent["weights"])
     backward = layers * (spent["backward"] + again) + shown * spent["ends.backward"] + added
@@ -278,7 +283,8 @@ def block_work(p: Any, stage: str) -> list[Work]:
     work += [moved("rotary", tokens * width / p.tp, size, stage) * p.rope for width in turned]
     work += [part * (1 - mixed) for part in _feed_forward(p, tokens, p.ffn, size, stage)]
     work += [part * mixed for part in _mixture(p, tokens, size, stage)] if some(mixed) else []
-    work.append(moved("quantise", tokens * (_operands(p) + (h + value_width(p)) / p.tp), size, stage) * p.narrow)
+    quantised = moved("quantise", tokens * (_operands(p) + (h + value_width(p)) / p.tp), size, stage)
+    work.append(quantised * p.narrow * np.where(p.blocked, BLOCKED[stage], 1.0))
     eager, fused, old = ADDS[stage]
     adds = np.where(p.compiled, np.where(p.fused_attention > 0, fused, old), eager)
     work.append(moved("add", tokens * h / p.tp, size, "forward") * adds)
@@ -338,7 +344,7 @@ def _spent(p: Any, device: Device) -> dict[str, Array]:
     spent |= {"ends.arithmetic": products["ends.forward"] + products["ends.backward"], "stalled": np.zeros(1)}
     spent["waiting"] = np.zeros(1)
     for name in ("forward", "backward"):
-        alone, host = device["glue"] + spent[name], device["host"] * _calls(p, parts[name])
+        alone, host = device["glue"] + spent[name], device["host"] * ~p.graphs * _calls(p, parts[name])
         spent[name] = np.maximum(alone, host)
         spent[f"attention.{name}"] = spent[f"attention.{name}"] + spent[name] - alone
         spent["stalled"] = spent["stalled"] + spent[name] - alone

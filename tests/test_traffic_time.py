@@ -108,3 +108,16 @@ def test_the_fullest_rank_of_experts_is_waited_for():
     assert 1.1 < uneven.forward[0] / even.forward[0] < 1.5  # attention has no part in it
     with pytest.raises(Refused, match=r"model\.moe\.imbalance=0\.9 is below 1"):
         load([*MIXTURE, "cluster.nodes=4", "model.moe.imbalance=0.9"])
+
+
+def test_graphs_take_the_host_out_and_blocks_quantise_both_ways_at_once():
+    shape = ["model.hidden=1024", "model.heads=8", "model.kv_heads=8", "model.ffn=2048", "train.seq_len=256", "train.global_batch=4"]
+    small = ["model=llama3_8b", "gpu=h100_sxm", "cluster=one_gpu", "train=large", "train.precision=bf16", "data=prepared",
+             "train.micro_batch=1", *shape]  # fmt: skip
+    waits, never = (parts([*small, f"train.graphs={said}"])[3] for said in ("false", "true"))
+    assert waits.waiting[0] == 1 and never.waiting[0] == 0 and never.around[0] == 0
+    assert never.forward[0] < 0.5 * waits.forward[0]
+    tensor, block = (
+        steps([load([*LONG, "train.seq_len=4096", "train.precision=fp8", f"train.scaling={kind}"])]) for kind in ("tensor", "block")
+    )
+    assert 0.97 < block.compute[0] / tensor.compute[0] < 1
