@@ -475,6 +475,9 @@ class Tariff(Node):
 class Price(Node):
     as_of: str = say("date of the prices")
     gpu_hours: dict[str, Offer] = say("price of an hour of each device")
+    unbilled: Optional[list[str]] = say(
+        "states whose device-hours the provider does not bill, as time lost to its faults; null = none", None
+    )
     storage: StoragePrice = say("price of data kept: the checkpoints that are kept at once, and the corpus", StoragePrice)
     egress: EgressPrice = say("price of data taken out of the cluster", EgressPrice)
     taken: Bytes = say("data taken out in the end, such as the model", "0 B", must=NOT_NEGATIVE)

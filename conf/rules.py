@@ -11,7 +11,7 @@ from conf.errors import nearest
 from conf.hourly import hour_of, hours_of
 from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, leaves
 from conf.plan import SCHEDULES, Plan
-from conf.record import QUANTITIES, read_fact
+from conf.record import QUANTITIES, STATES, read_fact
 from conf.units import show
 
 
@@ -206,6 +206,9 @@ def _world(plan: Plan) -> Iterator[str]:
     if plan.gpu.name not in plan.price.gpu_hours:
         cure = f"add price.gpu_hours.{plan.gpu.name}, or {nearest(plan.gpu.name, plan.price.gpu_hours)}"
         yield f"price.gpu_hours has no price for {plan.gpu.name}; {cure}"
+    for state in plan.price.unbilled or []:
+        if state not in STATES:
+            yield f"price.unbilled: {state} is no state of a rank; {nearest(state, STATES)}"
     if plan.gpu.name not in plan.price.embodied:
         yield f"price.embodied has no value for {plan.gpu.name}; add price.embodied.{plan.gpu.name}"
     gpu, cap = plan.gpu, plan.power.cap

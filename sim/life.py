@@ -106,6 +106,7 @@ def conserve(history: History) -> None:
     _same("energy", sum(foot.energy_of.values()), foot.energy)
     _same("money", sum(item[0] for item in foot.bill), foot.cost[0])
     if not plan.price.owned:
+        held -= sum(states.get(state, 0.0) for state in plan.price.unbilled or []) / 3600
         _same("rent", held * plan.price.gpu_hours[plan.gpu.name].mid, foot.bill.devices[0])
     assert history.resized or useful <= new * (1 + 1e-9), (
         f"steps that counted took {useful} rank-seconds, but only {new} were spent on new steps"

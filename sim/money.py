@@ -4,6 +4,7 @@ Rented devices are paid by the hour they are held, working or not; owned ones by
 hour. Stored and taken data come on top.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,12 @@ def bill(plan: Plan, device_hours: float, wall: float, electricity: float) -> Bi
             [getattr(price.egress, end) * price.taken for end in ENDS])  # fmt: skip
     devices, electric, storage, egress = ((mid, low, high) for mid, low, high in rows)
     return Bill(devices, electric, storage, egress)
+
+
+def billed(plan: Plan, device_hours: float, states: Mapping[str, float]) -> float:
+    """Of the device-hours that were held, those that are paid: without the rank-seconds of unbilled states, where devices are rented."""
+    free = sum(states.get(state, 0.0) for state in plan.price.unbilled or [])
+    return device_hours if plan.price.owned else device_hours - free / HOUR
 
 
 def kept(plan: Plan) -> float:

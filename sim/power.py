@@ -14,7 +14,7 @@ import numpy as np
 from conf.plan import Plan
 from conf.record import STATES
 from sim.grid import HOUR, Array, by_hour, intensities
-from sim.money import Bill, bill, weighted
+from sim.money import Bill, bill, billed, weighted
 from sim.timeline import Segment, Timeline
 
 DRAWS = ("devices", "spares", "hosts", "network", "overhead")  # what draws: their watts add up to the building's
@@ -190,6 +190,6 @@ def footprint(plan: Plan, meter: Meter, timeline: Timeline, start: str = "") -> 
         carbon_embodied=plan.price.embodied[plan.gpu.name] * 1000 * hours * HOUR / plan.price.lifetime,
         water=plan.grid.water * energy + plan.power.water_site * (energy - of["overhead"]),
         gpu_hours=hours,
-        bill=bill(plan, hours, timeline.until, weighted(plan, first, energies)),
+        bill=bill(plan, billed(plan, hours, timeline.states()), timeline.until, weighted(plan, first, energies)),
         peak_power=max((m.peak({s for segment in bundle for s in segment.mix}) for m, bundle in meter.over(timeline)), default=0.0),
     )  # fmt: skip

@@ -434,3 +434,16 @@ def test_json_names_every_part(tmp_path, foretold) -> None:
     names = json.loads(out)["quantities"]
     assert status == 0 and {f"run.energy_{name}" for name in DRAWS} <= names.keys()
     assert {"run.energy", "run.carbon_location", "run.carbon_market", "run.carbon_embodied", "run.water", "run.cost"} <= names.keys()
+
+
+def test_states_that_the_provider_does_not_bill_cost_nothing() -> None:
+    plan = load(["experiment=llama3_405b", "train.stop_after=4 d"])
+    step = pace(plan)
+    all_paid = live(plan, 0, step)
+    states = ("detect", "diagnose", "reallocate", "queue")
+    some = live(plan.but(price=plan.price.but(unbilled=list(states))), 0, step)
+    free = sum(some.timeline.states().get(state, 0.0) for state in states) / 3600 * plan.price.gpu_hours["h100-sxm"].mid
+    assert free > 0 and all_paid.footprint.cost[0] - some.footprint.cost[0] == pytest.approx(free, rel=1e-9)
+    assert some.footprint.gpu_hours == all_paid.footprint.gpu_hours  # held all the same
+    with pytest.raises(Refused, match=r"price\.unbilled: detct is no state of a rank; did you mean detect\?"):
+        load(["price.unbilled=[detct]"])
