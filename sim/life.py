@@ -1,5 +1,6 @@
 """A model's life, foretold: extract → dedup → tokens → pretrain, in one world with one clock."""
 
+import gc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,7 +58,13 @@ def live(plan: Plan, seed: int | None = None, pace_: Pace | None = None, rates_:
     meter.spells = feed.spells()
     world = World(feed.budgeted(plan), speed)
     history = History(plan, step, world.timeline, meter, feed)
-    world.env.run(until=world.env.process(_live(world, history, plan.seed if seed is None else seed)))
+    collects = gc.isenabled()
+    gc.disable()  # a life keeps all that it makes: the collector would look through it again and again
+    try:
+        world.env.run(until=world.env.process(_live(world, history, plan.seed if seed is None else seed)))
+    finally:
+        if collects:
+            gc.enable()
     history.timeline = feed.told(world.timeline, step)
     history.trained += history.timeline.until - world.timeline.until
     conserve(history)

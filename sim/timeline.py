@@ -55,6 +55,7 @@ class Timeline:
         self.happenings: list[Happening] = []
         self.bars: list[Bar] = []
         self.until = 0.0
+        self.summed: tuple[int, dict[str, float]] = (0, {})  # stretches, and what they come to
 
     def spend(self, stage: str, mix: Mapping[str, float], start: float, stop: float, step: int | None = None) -> None:
         """All ranks spent [start, stop] in these states."""
@@ -69,6 +70,8 @@ class Timeline:
 
     def states(self) -> dict[str, float]:
         """Rank-seconds by state; a run has thousands of stretches and a handful of mixes."""
+        if self.summed[0] == len(self.segments):
+            return dict(self.summed[1])
         spent: dict[int, tuple[Mapping[str, float], list[float]]] = {}
         for _, start, stop, mix, _ in self.segments:
             key = id(mix)
@@ -79,4 +82,5 @@ class Timeline:
         for mix, seconds in spent.values():
             for state, share in mix.items():
                 totals[state] += share * math.fsum(seconds) * self.ranks
+        self.summed = len(self.segments), dict(totals)
         return dict(totals)
