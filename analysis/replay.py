@@ -97,9 +97,24 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
 
     Raises Unplayable with what is wrong in it.
     """
-    part = part_of(row)
+    gpu, cluster = part_of(row)
+    base, sizes = base_of(gpu, cluster), _sizes(row)
+    precision = narrowest(word(row, "precision"))
+    if base.gpu.peak(precision) is None:
+        raise Unplayable(f"precision={row['precision']}: {base.gpu.name} has no such rate in conf/gpu")
+    plan = _machine(row, base, sizes["num_gpus"])
+    batch = sizes["global_batch_seqs"]
+    mesh = {name: sizes[name] for name in ("cp", "tp", "pp", "vpp")} | {"ep": count(row, "ep", 1)}
+    train = {"precision": precision, "seq_len": sizes["seq_len"], "global_batch": batch, "recompute": _recompute(row),
+             "micro_batch": min(sizes["micro_batch"], batch // sizes["dp"])}  # fmt: skip
+    plan = plan.but(model=model_of(row), mesh=plan.mesh.but(**mesh), train=plan.train.but(**train))
+    return _software(row, plan, sizes["dp"], gpu in BLACKWELL)
+
+
+def _sizes(row: Mapping[str, Any]) -> dict[str, int]:
+    """Degrees, batch and length; what is blank was not told, and is the least."""
     sizes = {name: count(row, name) for name in ("num_gpus", "global_batch_seqs", "seq_len")}
-    sizes |= {name: count(row, name, 1) for name in ("tp", "cp", "pp", "vpp", "micro_batch")}  # blank: not told, the least
+    sizes |= {name: count(row, name, 1) for name in ("tp", "cp", "pp", "vpp", "micro_batch")}
     if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
         raise Unplayable(f"{', '.join(wrong)} must be above 0")
     sizes["dp"] = count(row, "dp", max(1, sizes["num_gpus"] // (sizes["tp"] * sizes["cp"] * sizes["pp"])))
@@ -108,43 +123,40 @@ def plan_of(row: Mapping[str, Any]) -> Plan:
         raise Unplayable(f"tp × cp × pp × dp = {product}, but num_gpus={sizes['num_gpus']}")
     if sizes["global_batch_seqs"] < sizes["dp"]:
         raise Unplayable(f"global_batch_seqs={sizes['global_batch_seqs']} is less than dp={sizes['dp']}")
-    base, experts, ep = base_of(*part), count(row, "experts", 0), count(row, "ep", 1)
-    precision = narrowest(word(row, "precision"))
-    if base.gpu.peak(precision) is None:
-        raise Unplayable(f"precision={row['precision']}: {base.gpu.name} has no such rate in conf/gpu")
+    return sizes
+
+
+def _machine(row: Mapping[str, Any], base: Plan, gpus: int) -> Plan:
+    """Servers, fabric and power cap."""
     server = count(row, "gpus_per_node", base.cluster.gpus_per_node)
-    per_node = min(server, sizes["num_gpus"])
-    cluster = base.cluster.but(nodes=-(-sizes["num_gpus"] // per_node), gpus_per_node=per_node)
-    if nic := fabric(str(row.get("notes", "")), server):
+    each = min(server, gpus)
+    cluster = base.cluster.but(nodes=-(-gpus // each), gpus_per_node=each)
+    if nic := fabric(word(row, "notes"), server):
         cluster = cluster.but(nic_bandwidth=nic)
-    cap = power_cap(f"{row['gpu']} {row.get('notes', '')}")
-    power = base.power.but(cap=cap if cap and cap < base.gpu.max_power else None)
-    said, told = str(row.get("zero_stage_or_fsdp", "")), " ".join(word(row, name) for name in ("group", "source", "notes"))
-    stage, batch = zero_stage(said), sizes["global_batch_seqs"]
+    cap = power_cap(f"{row['gpu']} {word(row, 'notes')}")
+    return base.but(cluster=cluster, power=base.power.but(cap=cap if cap and cap < base.gpu.max_power else None))
+
+
+def _software(row: Mapping[str, Any], plan: Plan, dp: int, blackwell: bool) -> Plan:
+    """What follows from the framework, its age and its release."""
+    said, told = word(row, "zero_stage_or_fsdp"), " ".join(word(row, name) for name in ("group", "source", "notes"))
+    stage, mesh = zero_stage(said), plan.mesh
     early = re.match("FULL_SHARD|SHARD_GRAD_OP|HYBRID_SHARD", said) is not None  # the names of torch's first FSDP, of 2022 and 2023
     # fp16 tables, and the fork of Megatron of 2021, are older than FlashAttention
-    old = precision == "fp16" or re.search("megatron-deepspeed|bigscience", told, re.IGNORECASE) is not None
-    ours = base.gpu.name == "h800" or re.search("dualpipe|deepep|hybridep", told, re.IGNORECASE) is not None  # DeepSeek's ways
+    old = plan.train.precision == "fp16" or re.search("megatron-deepspeed|bigscience", told, re.IGNORECASE) is not None
+    deepseek = plan.gpu.name == "h800" or re.search("dualpipe|deepep|hybridep", told, re.IGNORECASE) is not None
     replicated = re.search(r"zero1=(-?\d+)", said)  # InternEvo's word for the ranks among which optimizer states are sharded
-    shards = int(replicated[1]) if replicated and 0 < int(replicated[1]) < sizes["dp"] else sizes["dp"]
-    fused = (stage < 2 and replicated is None) or count(row, "compile", 0) > 0 or re.search("jax|pax", said, re.IGNORECASE) is not None
-    made = Software(etp=False, tokens=True) if ours else software(word(row, "release"))
-    etp = sizes["tp"] if made.etp and experts and stage < 3 and sizes["dp"] * sizes["cp"] % ep == 0 else 1
-    return base.but(
-        gpu=base.gpu.but(early=early),
-        model=model_of(row),
-        cluster=cluster,
-        power=power,
-        mesh=base.mesh.but(dp_replicate=sizes["dp"] // shards, dp_shard=shards, cp=sizes["cp"], tp=sizes["tp"], pp=sizes["pp"],
-                           vpp=sizes["vpp"], ep=ep, etp=etp, zero=stage, dispatch="tokens" if made.tokens else "copies",
-                           overlap_experts=made.tokens and (ours or sizes["vpp"] > 1) and ep > cluster.domain_ranks),
-        train=base.train.but(precision=precision, seq_len=sizes["seq_len"], global_batch=batch, compile=fused,
-                             micro_batch=min(sizes["micro_batch"], batch // sizes["dp"]), recompute=_recompute(row),
-                             scaling="block" if blockwise(word(row, "precision")) else "tensor",
-                             fused_gradients=stage < 2 and replicated is None,
-                             fused_experts=made.fused and part[0] in BLACKWELL,
-                             fused_attention=not old),
-    )  # fmt: skip
+    shards = int(replicated[1]) if replicated and 0 < int(replicated[1]) < dp else dp
+    megatron = stage < 2 and replicated is None
+    fused = megatron or count(row, "compile", 0) > 0 or re.search("jax|pax", said, re.IGNORECASE) is not None
+    made = Software(etp=False, tokens=True) if deepseek else software(word(row, "release"))
+    shared = made.etp and plan.model.moe.experts and stage < 3 and dp * mesh.cp % mesh.ep == 0
+    beside = made.tokens and (deepseek or mesh.vpp > 1) and mesh.ep > plan.cluster.domain_ranks
+    mesh = mesh.but(dp_replicate=dp // shards, dp_shard=shards, etp=mesh.tp if shared else 1, zero=stage,
+                    dispatch="tokens" if made.tokens else "copies", overlap_experts=beside)  # fmt: skip
+    train = plan.train.but(compile=fused, fused_attention=not old, fused_gradients=megatron, fused_experts=made.fused and blackwell,
+                           scaling="block" if blockwise(word(row, "precision")) else "tensor")  # fmt: skip
+    return plan.but(gpu=plan.gpu.but(early=early), mesh=mesh, train=train)
 
 
 def _recompute(row: Mapping[str, Any]) -> str:

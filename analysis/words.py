@@ -28,7 +28,7 @@ class Software(NamedTuple):
 def narrowest(precision: str) -> str:
     """The precision of the matrix products in a source's words: NVFP4, MXFP8, FP8-CS, bf16-mixed, int8 (at fp8's rate), TF32."""
     said = precision.lower()
-    return next((name for word, name in PRECISIONS if word in said), said)
+    return next((name for part, name in PRECISIONS if part in said), said)
 
 
 def blockwise(precision: str) -> bool:
