@@ -8,7 +8,8 @@ share of useful time is exact for that (renewal reward; Daly 2006 with failures 
 A save that is only safe `later` after training went on costs a factor exp(−rate later): the fall is longer by that much.
 
 What only a simulated life knows is left out: waiting for spares, failures while coming up, stragglers, silent corruption, spikes,
-lemons, replicas that restart alone, smaller meshes, the hour of the day, limits and pauses of the feed, the data stages.
+lemons, replicas that restart alone, smaller meshes, the hour of the day, limits and pauses of the feed, what the
+provider does not bill, the data stages.
 """
 
 import math
