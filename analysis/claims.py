@@ -27,7 +27,8 @@ META = 385 * 1.1  # gCO2e/kWh, PUE included: mean of the USA and PUE of the LLaM
 RUNS = (
     (r"GPT-3-175B", ("experiment=gpt3_175b",)), (r"BLOOM-17[56]B( dynamic| \(re)", ("experiment=bloom_176b", "train.steps=87262")),
     (r"OPT-175B", ("experiment=opt_175b", "failures=none", "cluster.spares=0")), (r"LLaMA-65B", ("experiment=llama_65b",)),
-    (r"Llama-3.1-405B", ("experiment=llama3_405b_full",)),
+    (r"Llama-3.1-405B", ("experiment=llama3_405b_full",)), (r"Llama-2-70B", ("experiment=llama2_70b",)),
+    (r"T5-11B", ("experiment=t5_11b",)), (r"Gopher-280B", ("experiment=gopher_280b",)),
 )  # fmt: skip
 
 

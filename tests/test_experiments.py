@@ -14,7 +14,7 @@ from sim.whatif import changed, parts
 
 README = Path(__file__).parents[1] / "README.md"
 NAMES = {"laptop", "h200", "gpt3_175b", "opt_175b", "bloom_176b", "chinchilla_70b", "llama2_70b", "llama3_8b", "llama3_405b",
-         "llama3_405b_full", "deepseek_v3", "olmo2_7b"}  # fmt: skip
+         "llama3_405b_full", "deepseek_v3", "olmo2_7b", "gopher_280b", "t5_11b"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
