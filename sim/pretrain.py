@@ -109,6 +109,7 @@ class Pretraining:
         cause = failures.causes[fault.cause]
         self.world.event(STAGE, "failure", self.step, cause=fault.cause, server=gone[0] if gone else None, planned=cause.planned)
         slots = [self.servers.fail(server, fault.cause, failures.repair.at(fault.luck.repair)) for server in gone]
+        self.storm.leave(set(gone))
         self._count_fall(fault.cause)
         self.luck, self.place = fault.luck, float(self.step)
         self.seen, _ = detector(failures, cause)

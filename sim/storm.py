@@ -5,8 +5,10 @@ a server, does nothing.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
+
+import simpy
 
 from conf.plan import Cause
 from sim.cluster import Course
@@ -24,6 +26,7 @@ class Storm:
         self.job, self.faults = job, faults
         self.world, self.failures = job.world, job.plan.failures
         self.taints: set[float] = set()  # moments at which the state was silently corrupted
+        self.slow: dict[simpy.Event, set[int]] = {}  # servers of each straggler, and what happens when they have all left
 
     def blow(self) -> Course[None]:
         """Every fault in its time."""
@@ -37,7 +40,7 @@ class Storm:
             if self.job.queueing or not (gone or cause.per == "job"):
                 continue
             if cause.how == "slow":
-                self.world.env.process(self._slow(fault))
+                self.world.env.process(self._slow(fault, gone))
             elif cause.how == "corrupt":
                 self.world.env.process(self._corrupt(fault))
             else:
@@ -56,19 +59,30 @@ class Storm:
                 gone.append(server)
         return gone
 
-    def _slow(self, fault: Fault) -> Course[None]:
-        """A straggler drags all until it recovers, or until its score tells and it is replaced."""
+    def leave(self, servers: set[int]) -> None:
+        """Servers leave the job, whatever for: a straggler that has left drags nobody."""
+        for left, slow in self.slow.items():
+            if slow & servers:
+                slow -= servers
+                if not slow:
+                    left.succeed()
+
+    def _slow(self, fault: Fault, servers: Iterable[int]) -> Course[None]:
+        """A straggler drags all until it recovers or leaves, or until its score tells and it is replaced."""
         cause, shape = self.failures.causes[fault.cause], self.job.shape
         by, span = detector(self.failures, cause)
         lasts, found = cause.lasts.at(fault.luck.lasts), math.inf if span is None else span.at(fault.luck.detect)
         self.world.event("pretrain", "straggler", self.job.here, cause=fault.cause, factor=cause.factor)
         shape.slow.append(cause.factor)
         self.job.changed()
-        yield self.world.env.timeout(min(found, lasts))
+        left = self.world.env.event()
+        self.slow[left] = set(servers)
+        yield self.world.env.timeout(min(found, lasts)) | left
+        del self.slow[left]
         shape.slow.remove(cause.factor)
         self.job.changed()
         gone = self.hit(fault, cause)
-        if found < lasts and (gone or cause.per == "job"):
+        if found < lasts and not left.triggered and (gone or cause.per == "job"):
             self._found(Stop(fault, gone, found=True), by)
 
     def _corrupt(self, fault: Fault) -> Course[None]:

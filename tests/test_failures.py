@@ -205,6 +205,15 @@ def test_a_straggler_drags_all_and_a_hang_waits_for_the_timeout(plan: Plan):
     assert job.world.timeline.states()["detect"] == 600.0 * plan.ranks
 
 
+def test_a_straggler_that_leaves_drags_nobody(plan: Plan):
+    """Slow from 50 on, step 100 saved at 150; at 151 a server is replaced: the 200 left take 200 s if it was the slow one, 400 if not."""
+    causes = {"slow": Cause(per="node", rate=1e-9, how="slow", factor=2.0, lasts="1 d"), "stop": Cause(per="node", rate=1e-9)}
+    it = plan.but(**{"failures.causes": causes, "checkpoint.every": 100, "failures.repair": 0.0})
+    for server, end in ((3, 351.0), (2, 551.0)):
+        job = scripted(it, [Fault(50.0, "slow", 3), Fault(151.0, "stop", server)])
+        assert moments(job, "restart", "end") == [(151.0, "restart", 100), (end, "end", 300)]
+
+
 def test_corruption_spoils_what_is_saved_after_it(plan: Plan):
     """Struck at 150, found at 350: the checkpoints of 200 and 300 are not to be trusted. Fallen back before, nothing is left to find."""
     causes = {"corrupt": Cause(per="gpu", rate=1e-9, how="corrupt"), "stop": Cause(per="job", rate=1e-9)}
