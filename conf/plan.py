@@ -366,6 +366,16 @@ class Failures(Node):
     detect: Lasting = say("time to notice that a process has ended", must=NOT_NEGATIVE)
     heartbeat: Optional[Lasting] = say("time to notice that heartbeats stay away; null = as detect", None, must=NOT_NEGATIVE)
     timeout: Lasting = say("time after which a hanging collective is given up (torch's NCCL: 10 min)", "10 min", must=NOT_NEGATIVE)
+    start_timeout: Seconds = say("real: time after which a start with its first step, a load, an evaluation or a save is given up",
+                                 "30 min", must=POSITIVE)  # fmt: skip
+    grace: Seconds = say("real: time to save and end after SIGTERM or SIGUSR1, before the ranks are killed", "1 min", must=POSITIVE)
+    retries: int = say("real: restarts in a row without a new checkpoint before the run gives up", 10, must=POSITIVE)
+    backoff: Seconds = say("real: pause before the second of such restarts, twice as long before each further one", "1 s",
+                           must=NOT_NEGATIVE)  # fmt: skip
+    quarantine: int = say("real: failures in a row of one rank after which its device is left out until it is repaired; 0 = never", 3,
+                          must=NOT_NEGATIVE)  # fmt: skip
+    inject: bool = say("real: make the causes strike, for tests: kill, stop, corrupt and slow this run's own ranks", False)
+    script: list[str] = say("real: faults to make at a step, as in ['kill rank=1 step=12 phase=backward']", list)
     score: Optional[Lasting] = say("time to find a slow server by its score and replace it; null = it is left alone", None,
                                    must=NOT_NEGATIVE)  # fmt: skip
     checksum: Lasting = say("time to find silent corruption, by checksums or a test of the devices", "1 d", must=NOT_NEGATIVE)

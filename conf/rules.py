@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from conf import script
 from conf.duration import Duration
 from conf.errors import nearest
 from conf.hourly import hour_of, hours_of
@@ -184,6 +185,7 @@ def _failures(plan: Plan) -> Iterator[str]:
             yield f"failures.causes.{name}.shape={cause.shape} is a machine's age; what strikes the job has none: set 1, or per=node"
         if cause.how == "slow" and cause.factor < 1:
             yield f"failures.causes.{name}.factor={cause.factor} makes steps faster; a slow server's factor is 1 or more, such as 1.06"
+    yield from script.problems(plan.failures.script, plan.ranks, steps)
     if plan.failures.infant < 1:
         yield f"failures.infant={plan.failures.infant} would make new machines the better ones; it must be 1 or more"
     if plan.failures.causes and steps is not None and checkpoint.every > steps > 0:

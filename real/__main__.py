@@ -16,6 +16,7 @@ from conf.plan import Plan
 from conf.program import explain, flag, load, run, split
 from conf.record import read_summary
 from conf.units import show
+from real.heartbeat import Stopped
 from real.life import DATA, STAGES, Life
 
 USAGE = """
@@ -46,6 +47,7 @@ OPTIONS = {
     "json": ("false", "print summary.json and nothing else"),
 }
 MEASURES = ("kernels", "network")
+STOPPED = 75  # exit status of a run that SIGTERM or SIGUSR1 ended after a save: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
 def main(args: list[str]) -> int:
@@ -85,10 +87,10 @@ def _main(args: list[str]) -> int:
     with _quiet(quiet):
         try:
             told = _run(plan, folder, only, source, traced)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped) as why:
             words = shlex.join(["foretold", "real", *again])
             print(f"\nstopped; the record so far is in {folder}; go on with: {words}", file=sys.stderr)
-            return 130
+            return 130 if isinstance(why, KeyboardInterrupt) else STOPPED
         _result(plan, told, folder, again)
     if quiet:
         print((folder / "summary.json").read_text())

@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,12 +40,13 @@ SHORT = ("No space left", "File too large", "Disk quota", "unexpected pos")
 class Writer:
     """Saves checkpoints into a folder; beside the training when the plan says so.
 
+    `passing` hears of the places at which a crash would be worst: saving, sealing, saved.
     Then `save` only copies what is to be written, and a thread of each rank writes the copy while training goes on. The
     threads talk to each other over ranks of their own, on gloo.
     """
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        self.folder, self.plan = folder, plan
+    def __init__(self, folder: Path, plan: Plan, passing: Callable[[str], None] = lambda _: None) -> None:
+        self.folder, self.plan, self.passing = folder, plan, passing
         self.thread = ThreadPoolExecutor(1) if plan.checkpoint.asynchronous else None
         self.group = dist.new_group(backend="gloo") if self.thread and dist.is_initialized() else None
         self.pending: Future[tuple[int, int]] | None = None
@@ -79,7 +80,8 @@ class Writer:
         self._barrier()
         try:
             with _quiet():
-                dcp.save(tensors, checkpoint_id=aside, process_group=self.group, no_dist=not dist.is_initialized())
+                storage = _Storage(aside, self.passing)
+                dcp.save(tensors, storage_writer=storage, process_group=self.group, no_dist=not dist.is_initialized())
         except (Exception, CheckpointException) as error:  # torch wraps what each rank met
             if not any(sign in str(error) for sign in SHORT):
                 raise
@@ -88,9 +90,14 @@ class Writer:
             raise refusal(OSError(errno.ENOSPC, ""), aside) from error
         self._barrier()
         if first:
-            _seal(aside, final, self.plan, step)
+            _seal(aside, self.plan, step)
+        self.passing("sealing")
+        if first:
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
             _forget(self.folder, self.plan.checkpoint)
         self._barrier()
+        self.passing("saved")
         return step, sum(f.stat().st_size for f in final.iterdir())
 
     def _barrier(self) -> None:
@@ -98,7 +105,19 @@ class Writer:
             dist.barrier(group=self.group)
 
 
-def _seal(aside: Path, final: Path, plan: Plan, step: int) -> None:
+class _Storage(dcp.FileSystemWriter):
+    """Torch's own writer, which says when it begins."""
+
+    def __init__(self, folder: Path, passing: Callable[[str], None]) -> None:
+        super().__init__(folder)
+        self.passing = passing
+
+    def write_data(self, *arguments: Any, **named: Any) -> Any:
+        self.passing("saving")
+        return super().write_data(*arguments, **named)
+
+
+def _seal(aside: Path, plan: Plan, step: int) -> None:
     files = sorted(p for p in aside.iterdir() if p.is_file())
     for path in files:
         with path.open("rb") as file:
@@ -106,8 +125,6 @@ def _seal(aside: Path, final: Path, plan: Plan, step: int) -> None:
     digests = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
     facts = {"plan": plan.id, "step": step, "samples": plan.samples(step), "seed": plan.seed, "model": plan.model.name, "files": digests}
     write(aside / "manifest.json", json.dumps(facts, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
 
 
 def _forget(folder: Path, rule: Checkpoint) -> None:

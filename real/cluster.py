@@ -1,4 +1,4 @@
-"""Ranks: started here through torch's elastic launcher, or found running under torchrun.
+"""Ranks: started here, or found running under torchrun.
 
 Under torchrun the first rank leads: it alone holds the record and works on the data, then gives out what all ranks
 do together. The others follow: they wait for that, on any number of servers, for as long as it takes.
@@ -6,13 +6,14 @@ do together. The others follow: they wait for that, on any number of servers, fo
 
 import ctypes
 import json
-import logging
+import multiprocessing
 import os
 import pickle
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -25,9 +26,11 @@ from torch.distributed.rendezvous import rendezvous
 from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
+from real.heartbeat import Pulse
 
-Work = Callable[..., None]  # (plan, *arguments), on every rank
+Work = Callable[..., Any]  # (plan, *arguments), on every rank
 CROWD = 8  # most ranks that share a core
+POLL = 0.05  # seconds between two looks at the ranks
 LONG = timedelta(days=365)  # data stages of a large corpus take days
 
 
@@ -102,52 +105,96 @@ def _give(what: int | tuple[Work, tuple[Any, ...]]) -> None:
 
 
 def _store() -> dist.Store:
-    """The table of names and values that torchrun's first agent keeps for its ranks."""
+    """The table of names and values in which ranks find each other; torchrun's agent keeps one through all its restarts."""
     store, _, _ = next(rendezvous("env://"))
-    return store
+    return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def launch(plan: Plan, folder: Path, work: Work, *arguments: Any) -> None:
-    """Run `work(plan, *arguments)` on every rank and wait.
+class Crew:
+    """Ranks that run on this machine, started together and ended together.
 
-    Raises Refused with what a rank refused. Ranks on CPU are forked from this process, which has imported what they
-    need: two start in a tenth of a second instead of eight.
+    Those on CPU are forked from this process, which has imported what they need: two start in a tenth of a second instead of
+    eight. The table in which they find each other lives here and is new for every crew, so nothing of an earlier one is in it.
+    """
+
+    def __init__(self, plan: Plan, devices: Sequence[int], pulse: Pulse, folder: Path, work: Work, *arguments: Any) -> None:
+        import torch._dynamo  # before the fork
+
+        torch.set_num_threads(1)
+        self.pulse, self.complaint = pulse, folder / "refused.json"
+        self.complaint.unlink(missing_ok=True)
+        self.store = dist.TCPStore("localhost", 0, None, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("fork" if plan.gpu.kind == "cpu" else "spawn")
+        self.processes = [
+            context.Process(
+                target=_child, args=(number, device, os.getpid(), self.store.port, plan, self.complaint, work, arguments), daemon=True
+            )
+            for number, device in enumerate(devices)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def ended(self) -> dict[int, int]:
+        """Status of each rank that has ended; minus a signal's number for one that was killed."""
+        return {number: process.exitcode for number, process in enumerate(self.processes) if process.exitcode is not None}
+
+    def refused(self) -> Refused | None:
+        """What a rank has refused."""
+        return Refused(*json.loads(self.complaint.read_text())) if self.complaint.is_file() else None
+
+    def signal(self, number: int, which: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.processes[number].pid or 0, which)
+
+    def stopped(self) -> list[int]:
+        """Ranks that a signal has stopped, and that do not run until another one lets them."""
+        return [number for number, process in enumerate(self.processes) if _letter(process.pid) == "T"]
+
+    def end(self) -> None:
+        """Kill what is left."""
+        for process in self.processes:
+            if process.exitcode is None:
+                process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def _letter(pid: int | None) -> str:
+    """The state of a process as Linux names it; empty elsewhere."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+    return ""
+
+
+def launch(plan: Plan, folder: Path, work: Work, *arguments: Any) -> Any:
+    """Run `work(plan, *arguments)` on every rank and wait; a rank that fails ends them all. Under torchrun, returns what it does here.
+
+    Raises Refused with what a rank refused.
     """
     if under_torchrun():
         _give((work, arguments))
         return _rank(plan, work, arguments)
-    for noisy in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # ranks print what befell them themselves
-    complaint = folder / "refused.json"
-    complaint.unlink(missing_ok=True)
-    import torch._dynamo
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=plan.ranks, run_id=plan.id, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, monitor_interval=0.1, start_method="fork" if plan.gpu.kind == "cpu" else "spawn",
-    )  # fmt: skip
-    torch.set_num_threads(1)
+    crew = Crew(plan, range(plan.ranks), Pulse(plan.ranks), folder, work, *arguments)
     try:
-        elastic_launch(config, _child)(plan, complaint, work, arguments)
-    except SignalException as stopped:
-        raise KeyboardInterrupt from stopped
-    except ChildFailedError as error:
-        if complaint.is_file():
-            raise Refused(*json.loads(complaint.read_text())) from error
-        number, failure = error.get_first_failure()
-        cure = "its output is above; run the same command again to go on from the last checkpoint"
-        raise Refused(f"rank {number} ended with {_ending(failure.exitcode)}; {cure}") from error
+        while not any(ended := crew.ended().values()) and len(ended) < plan.ranks:
+            time.sleep(POLL)
+    finally:
+        crew.end()
+    if failed := {number: status for number, status in crew.ended().items() if status}:
+        raise crew.refused() or Refused(f"rank {min(failed)} ended with {ending(failed[min(failed)])}; its output is above")
 
 
-def _ending(code: int) -> str:
+def ending(code: int) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
 
 
-def _child(plan: Plan, complaint: Path, work: Work, arguments: tuple[Any, ...]) -> None:
-    """A rank that `launch` started: what it refuses reaches the parent through a file."""
+def _child(number: int, device: int, parent: int, port: int, plan: Plan, complaint: Path, work: Work, arguments: tuple[Any, ...]) -> None:
+    """A rank that was started here: what it refuses reaches the parent through a file, and without the parent it ends."""
+    _die_with(parent)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent hears it too, and asks all ranks to end after the same step
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(device), "WORLD_SIZE": str(plan.ranks), "LOCAL_WORLD_SIZE": str(plan.ranks),
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     try:
         _rank(plan, work, arguments)
     except Refused as refused:
@@ -159,7 +206,15 @@ def _child(plan: Plan, complaint: Path, work: Work, arguments: tuple[Any, ...]) 
         sys.exit(1)
 
 
-def _rank(plan: Plan, work: Work, arguments: tuple[Any, ...]) -> None:
+def _die_with(parent: int) -> None:
+    """Let Linux kill this process when its parent dies, however that dies."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _rank(plan: Plan, work: Work, arguments: tuple[Any, ...]) -> Any:
     """One rank's life: device, process group, work, tidy end."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # lines are flushed step by step: nothing is lost
     if plan.gpu.kind == "cpu":
@@ -170,11 +225,13 @@ def _rank(plan: Plan, work: Work, arguments: tuple[Any, ...]) -> None:
         torch.set_float32_matmul_precision("high")
     if plan.ranks > 1 or plan.train.precision != "fp32":  # lower precision is FSDP's, on one rank too
         backend = "cpu:gloo,cuda:nccl" if plan.gpu.kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    work(plan, *arguments)
+        patience = timedelta(seconds=2 * plan.failures.start_timeout)  # whoever watches the heartbeats is sooner
+        dist.init_process_group(backend, store=_store(), rank=rank(), world_size=plan.ranks, timeout=patience)
+    told = work(plan, *arguments)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    return told
 
 
 def keep_memory() -> None:

@@ -13,6 +13,7 @@ from conf.plan import Plan
 from conf.program import to_yaml
 from conf.record import STATES, Record, read, read_summary, seal, summarise
 from real import dedup, extract, stage, tokens
+from real.heartbeat import Stopped, clock
 from real.stage import Manifest
 from real.summary import summary
 
@@ -30,7 +31,7 @@ class Life:
         earlier = read(folder, "ledger") if folder.is_dir() else []
         before = max((row["at"] for row in earlier), default=0.0)
         self.furthest = max((row["step"] or 0 for row in earlier if row["quantity"] == "step_time"), default=0)
-        self.epoch = time.time() - before
+        self.epoch = clock(plan) - before
         self.record = Record(folder, rank=None, began=before)
         write(folder / "plan.yaml", to_yaml(plan))
         if plan.profile:
@@ -114,7 +115,9 @@ class Life:
         return manifest
 
     def pretrain(self) -> None:
+        from real.cluster import under_torchrun
         from real.pretrain import Start, pretrain
+        from real.recovery import Supervisor
 
         if self.plan.data.path is None:
             raise Refused(NO_CORPUS)
@@ -123,7 +126,11 @@ class Life:
         foretold = {n: quantities[f"pretrain.{n}"]["value"] for n in ("step_time", "peak_memory") if f"pretrain.{n}" in quantities}
         self.record.event("pretrain", "start")
         launched = self.record.now()
-        self._launch(pretrain, Start(self.folder, self.epoch, launched, self.furthest, foretold, self.source, self.traced))
+        start = Start(self.folder, self.epoch, launched, self.furthest, foretold, self.source, self.traced)
+        if not under_torchrun():
+            Supervisor(self.plan, self.folder, self.record, self.say).run(pretrain, start)
+        elif not self._launch(pretrain, start):
+            raise Stopped
         self._spend_rest("pretrain", launched)
 
     def measure(self, names: Collection[str]) -> None:
@@ -132,11 +139,11 @@ class Life:
 
         self._launch(measure, self.folder, tuple(names), self.epoch, self.record.now())
 
-    def _launch(self, work: Callable[..., None], *arguments: Any) -> None:
+    def _launch(self, work: Callable[..., Any], *arguments: Any) -> Any:
         from real.cluster import launch
 
         self.record.flush()
-        launch(self.plan, self.folder, work, *arguments)
+        return launch(self.plan, self.folder, work, *arguments)
 
     def close(self) -> dict[str, Any]:
         """Seal the record and sum it up."""

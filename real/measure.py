@@ -3,7 +3,6 @@
 import csv
 import io
 import statistics
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from conf.plan import Plan
 from conf.record import Record
 from real import kernels, network
 from real.cluster import rank
+from real.heartbeat import clock
 
 ROUNDS = 2
 
 
 def measure(plan: Plan, folder: Path, names: tuple[str, ...], epoch: float, launched: float) -> None:
     """Time on all ranks at once; the first rank writes the mean over the ranks."""
-    record = Record(folder, rank(), began=time.time() - epoch)
+    record = Record(folder, rank(), began=clock(plan) - epoch)
     record.observe("measure", "init", record.now() - launched)
     record.flush()
     if "kernels" in names:

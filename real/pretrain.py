@@ -6,7 +6,7 @@ and the order of the data are functions of the step, and nothing else is random.
 
 import math
 import re
-import time
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from conf.units import show
 from real import bigram, checkpoint, huggingface, optim, parallel
 from real.cluster import rank
 from real.data import Order, Tokens, refuse_small, training
+from real.failures import Injector
+from real.heartbeat import Pulse, clock
 from real.memory import Gauge
 from real.power import meter
 from real.progress import Progress
@@ -30,6 +32,7 @@ from real.timeline import Timeline
 from real.trainer import HeldOut, Trainer
 
 STAGE = "pretrain"
+WORK = ("data", "compute", "optimizer")  # states in which a rank waits for no other
 EMPTY = ("CUDA out of memory", "can't allocate memory", "Cannot allocate memory")  # how devices say that memory has run out
 BASELINE_TOKENS = 50_000_000  # above this the bigram would need more memory than a laptop has
 
@@ -39,21 +42,23 @@ class Start:
     """What the launcher tells the ranks."""
 
     folder: Path  # of the record
-    epoch: float  # wall-clock time (Unix) at which the run's clock showed zero
+    epoch: float  # moment of real.heartbeat.clock at which the run's clock showed zero
     launched: float  # the run's clock when the ranks were started
     furthest: int  # steps that an earlier attempt had done
     predicted: dict[str, float]  # the simulator's step time [s] and peak memory [B], where it was asked
     source: Path | None = None  # a checkpoint, or a Hugging Face model, to start from
     traced: tuple[int, int] | None = None  # first and last step that torch's profiler watches
+    pulse: Pulse | None = None  # where the launcher looks for heartbeats
+    whole: Plan | None = None  # the plan of which this is a smaller mesh
 
 
-def pretrain(plan: Plan, start: Start) -> None:
-    """The whole stage on one rank.
+def pretrain(plan: Plan, start: Start) -> bool:
+    """The whole stage on one rank; returns whether it is done, and was not asked to stop before.
 
     Raises Refused when memory runs out: what was foretold, what there is, and what would help.
     """
     try:
-        _pretrain(plan, start)
+        return _pretrain(plan, start)
     except (RuntimeError, MemoryError) as error:
         if not any(sign in str(error) for sign in EMPTY) and not isinstance(error, MemoryError):
             raise
@@ -71,32 +76,41 @@ def _too_large(plan: Plan, start: Start, error: str) -> str:
     return f"rank {rank()} ran out of memory {wanted}: {foretold}, gpu.memory={show(plan.gpu.memory, 'B')}; set {' or '.join(cures)}"
 
 
-def _pretrain(plan: Plan, start: Start) -> None:
-    record = Record(start.folder, rank(), began=time.time() - start.epoch)
-    timeline, power = Timeline(plan.gpu.kind == "cuda"), meter(plan.gpu.kind)
+def _pretrain(plan: Plan, start: Start) -> bool:
+    record = Record(start.folder, rank(), began=clock(plan) - start.epoch)
+    pulse, whole = start.pulse or _alone(plan), start.whole or plan
+    injector = Injector(whole, record, rank(), pulse, start.folder)
+
+    def changed(state: str) -> None:
+        pulse.beat(rank(), state)
+        injector.at(state)
+
+    timeline, power = Timeline(plan.gpu.kind == "cuda", changed), meter(plan.gpu.kind)
     gauge = Gauge(plan.gpu.kind == "cuda")
     record.observe(STAGE, "init", max(0.0, record.now() - start.launched), at=record.now())
     tokens, order = training(start.folder / "tokens", plan)
     held_out = _held_out(plan, start.folder / "tokens")
     trainer = Trainer(plan, tokens, timeline, order)
-    folder = start.folder / "checkpoints"
-    writer = checkpoint.Writer(folder, plan)
-    first = _resume(plan, trainer, start, record)
+    injector.attach(trainer.parts, trainer.optimizer.named)
+    writer = checkpoint.Writer(start.folder / "checkpoints", whole, injector.at)
+    first = _resume(whole, trainer, start, record)
     if first >= (plan.train.steps or math.inf):
-        return
+        return True
     progress = Progress(plan, start.predicted.get("step_time"), first) if rank() == 0 else None
     book(record, timeline, None)
-    step, over = first, False
+    step, over, wish = first, False, False
     profiler = _profiler(plan.gpu.kind == "cuda") if start.traced else None
-    while not over:
+    while not over and not wish:
+        injector.begin(step + 1)
         if profiler and start.traced and step + 1 == start.traced[0]:
             profiler.start()
-        loss, norm = trainer.step(step)
+        loss, norm, wish = trainer.step(step, pulse.stop)
         if profiler and start.traced and step + 1 == start.traced[1]:
             profiler.stop()
             profiler.export_chrome_trace(str(start.folder / f"profile.rank{rank()}.json.gz"))
         step += 1
-        seconds = book(record, timeline, step, replay=step <= start.furthest)
+        seconds, states = book(record, timeline, step, replay=step <= start.furthest)
+        pulse.stepped(rank(), step, sum(states.get(state, 0.0) for state in WORK))
         tell(plan, record, step, seconds, loss, norm)
         if not math.isfinite(loss):
             cure = f"lower train.learning_rate={plan.train.learning_rate} or train.clip={plan.train.clip}"
@@ -106,16 +120,27 @@ def _pretrain(plan: Plan, start: Start) -> None:
         over = _over(plan, step, record.now() - start.launched)
         if held_out and _due(step, plan.train.evaluate_every, over):
             _evaluate(plan, trainer, held_out, record, step, progress)
-        if _due(step, plan.checkpoint.every, over):
+        if _due(step, plan.checkpoint.every, over or wish):
             _save(trainer, writer, record, step)
         _saved(record, writer.poll())
         record.flush()
     trainer.timeline.enter("checkpoint")
     _saved(record, writer.finish())
     book(record, trainer.timeline, None)
-    _finish(plan, trainer, record, step, held_out, gauge, power.joules())
+    if over:
+        _finish(plan, trainer, record, step, held_out, gauge, power.joules())
+    record.flush()
     if progress:
         progress.close()
+    return over
+
+
+def _alone(plan: Plan) -> Pulse:
+    """Under torchrun nobody listens to the heart, and a rank hears the signals itself."""
+    pulse = Pulse(plan.ranks)
+    for which in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(which, lambda *_: pulse.ask_to_stop())
+    return pulse
 
 
 def _profiler(cuda: bool) -> torch.profiler.profile:
@@ -204,14 +229,14 @@ def _led(work: Callable[[], Any]) -> Any:
     return told[0]
 
 
-def book(record: Record, timeline: Timeline, step: int | None, replay: bool = False) -> float:
-    """Write the states since the last call; returns the seconds between the two."""
+def book(record: Record, timeline: Timeline, step: int | None, replay: bool = False) -> tuple[float, dict[str, float]]:
+    """Write the states since the last call; returns the seconds between the two, and how they divide."""
     seconds, states = timeline.close()
     for state, value in states.items():
         record.observe(STAGE, "replay" if replay and step is not None else state, value, step)
     if step is not None:
         _bars(record, seconds, states, step)
-    return seconds
+    return seconds, states
 
 
 def _bars(record: Record, seconds: float, states: dict[str, float], step: int) -> None:

@@ -6,7 +6,7 @@ stream and the durations are read when the step closes.
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 
 
 class Timeline:
-    def __init__(self, cuda: bool = False) -> None:
-        self.cuda = cuda
+    """States of one rank; `changed` hears of each."""
+
+    def __init__(self, cuda: bool = False, changed: Callable[[str], None] = lambda _: None) -> None:
+        self.cuda, self.changed = cuda, changed
         self.state = "init"
         self.marks: list[tuple[str, Any, float]] = [("init", self._event(), time.perf_counter())]
 
@@ -30,6 +32,7 @@ class Timeline:
         """Change the state; returns the one before."""
         before, self.state = self.state, state
         self.marks.append((state, self._event(), time.perf_counter()))
+        self.changed(state)
         return before
 
     @contextmanager

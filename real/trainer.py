@@ -86,8 +86,8 @@ class Trainer:
             return batch
         return batch.take(self.parts[0].spread(batch.inputs.shape[1] // self.axes.cp.size))
 
-    def step(self, step: int) -> tuple[float, float]:
-        """One optimizer step; returns the mean loss a token over all ranks and the gradient norm."""
+    def step(self, step: int, wish: bool = False) -> tuple[float, float, bool]:
+        """One optimizer step; returns the mean loss a token over all ranks, the gradient norm, and whether any rank has the wish."""
         plan, enter = self.plan, self.timeline.enter
         enter("data")
         batch = self.batches.step(step)
@@ -105,7 +105,8 @@ class Trainer:
         for part in self.parts:
             balance(part, self.axes.stage if self.axes else None)
         enter("communication")
-        return float(parallel.total(told)) / plan.mesh.tp, float(norm)
+        loss, wishes = parallel.total(torch.stack((told, torch.full_like(told, float(wish))))).tolist()
+        return loss / plan.mesh.tp, float(norm), wishes > 0
 
     def _counted(self, batch: Batch, step: int) -> int:
         """Targets of the step that count."""
