@@ -356,6 +356,14 @@ class Spikes(Node):
 
     every: float = say("mean steps from one loss spike to the next; 0 = none", 0.0, must=NOT_NEGATIVE)
     rewind: int = say("least steps before the spike at which the run starts again", 100, must=NOT_NEGATIVE)
+    answer: str = say("real: what a spike or a NaN is answered with: none (a NaN ends the run), skip the step, lower the learning rate "
+                      "as well, or rollback", "none", must=("none", "skip", "lower", "rollback"))  # fmt: skip
+    window: int = say("real: accepted steps whose median a step is held against", 128, must=POSITIVE)
+    threshold: float = say("real: how far above it a step is a spike, in standard deviations taken from the median absolute deviation",
+                           8.0, must=POSITIVE)  # fmt: skip
+    cut: float = say("real: factor of the learning rate where it is lowered", 0.5, must=SHARE)
+    skip: int = say("real: steps of data passed over after a rollback", 200, must=NOT_NEGATIVE)
+    budget: int = say("real: most answers in one run before it ends", 10, must=POSITIVE)
 
 
 @dataclass(kw_only=True)
@@ -378,6 +386,8 @@ class Failures(Node):
     script: list[str] = say("real: faults to make at a step, as in ['kill rank=1 step=12 phase=backward']", list)
     score: Optional[Lasting] = say("time to find a slow server by its score and replace it; null = it is left alone", None,
                                    must=NOT_NEGATIVE)  # fmt: skip
+    verify_every: int = say("real: steps between comparisons of the replicas' weights (mesh.dp_replicate); 0 = never", 0,
+                            must=NOT_NEGATIVE)  # fmt: skip
     checksum: Lasting = say("time to find silent corruption, by checksums or a test of the devices", "1 d", must=NOT_NEGATIVE)
     abort: Lasting = say("time to end the processes that are left", "0 s", must=NOT_NEGATIVE)
     diagnose: Lasting = say("time to find the culprit", must=NOT_NEGATIVE)

@@ -186,6 +186,12 @@ def _failures(plan: Plan) -> Iterator[str]:
         if cause.how == "slow" and cause.factor < 1:
             yield f"failures.causes.{name}.factor={cause.factor} makes steps faster; a slow server's factor is 1 or more, such as 1.06"
     yield from script.problems(plan.failures.script, plan.ranks, steps)
+    if plan.failures.verify_every and plan.mesh.dp_replicate == 1:
+        what = f"failures.verify_every={plan.failures.verify_every} compares replicas, and mesh.dp_replicate=1 makes none"
+        yield f"{what}; set mesh.dp_replicate=2, or 0 here"
+    spikes = plan.failures.spikes
+    if spikes.answer == "rollback" and 0 < spikes.skip <= spikes.rewind:
+        yield f"failures.spikes.skip={spikes.skip} ends before the spike, which is rewind={spikes.rewind} steps ahead; make it larger, or 0"
     if plan.failures.infant < 1:
         yield f"failures.infant={plan.failures.infant} would make new machines the better ones; it must be 1 or more"
     if plan.failures.causes and steps is not None and checkpoint.every > steps > 0:

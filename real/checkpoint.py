@@ -7,6 +7,7 @@ could run anything: it is read by an unpickler that knows the dozen classes it c
 
 import errno
 import json
+import math
 import os
 import pickle
 import shutil
@@ -130,8 +131,20 @@ def _seal(aside: Path, plan: Plan, step: int) -> None:
 def _forget(folder: Path, rule: Checkpoint) -> None:
     """Keep the newest, and those at every so many steps for good."""
     for old in complete(folder)[: -rule.keep]:
-        if not rule.keep_every or int(old.name.split("-")[1]) % rule.keep_every:
+        if not rule.keep_every or step_of(old) % rule.keep_every:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def step_of(path: Path) -> int:
+    """Steps that a sealed checkpoint holds, by its name."""
+    return int(path.name.split("-")[1])
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Delete checkpoints of a history that was given up."""
+    for path in complete(folder):
+        if step_of(path) > step:
+            shutil.rmtree(path)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -139,15 +152,15 @@ def complete(folder: Path) -> list[Path]:
     return sorted(p.parent for p in folder.glob("step-*/manifest.json"))
 
 
-def newest(folder: Path, plan: Plan) -> tuple[Path, int, list[str]] | None:
+def newest(folder: Path, plan: Plan, most: float = math.inf) -> tuple[Path, int, list[str]] | None:
     """The newest checkpoint that is whole and belongs to this plan, its step, and why newer ones were passed over.
 
-    None when there is none at all.
+    Only those of at most so many steps are looked at; None when there is none at all.
 
     Raises Refused when checkpoints exist and none can be trusted: it names each with its reason.
     """
     reasons = []
-    for path in reversed(complete(folder)):
+    for path in (path for path in reversed(complete(folder)) if step_of(path) <= most):
         reason, manifest = check(path, plan)
         if reason is None:
             return path, int(manifest["step"]), reasons

@@ -5,11 +5,13 @@ do together. The others follow: they wait for that, on any number of servers, fo
 """
 
 import ctypes
+import faulthandler
 import json
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -31,6 +33,7 @@ from real.heartbeat import Pulse
 Work = Callable[..., Any]  # (plan, *arguments), on every rank
 CROWD = 8  # most ranks that share a core
 POLL = 0.05  # seconds between two looks at the ranks
+PEERS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")  # what gloo says of a lost rank
 LONG = timedelta(days=365)  # data stages of a large corpus take days
 
 
@@ -115,6 +118,7 @@ class Crew:
 
     Those on CPU are forked from this process, which has imported what they need: two start in a tenth of a second instead of
     eight. The table in which they find each other lives here and is new for every crew, so nothing of an earlier one is in it.
+    It starts after the forks, on a socket that was open before: a fork must not copy what its threads have locked.
     """
 
     def __init__(self, plan: Plan, devices: Sequence[int], pulse: Pulse, folder: Path, work: Work, *arguments: Any) -> None:
@@ -123,16 +127,18 @@ class Crew:
         torch.set_num_threads(1)
         self.pulse, self.complaint = pulse, folder / "refused.json"
         self.complaint.unlink(missing_ok=True)
-        self.store = dist.TCPStore("localhost", 0, None, is_master=True, wait_for_workers=False)
+        door = socket.create_server(("localhost", 0), backlog=plan.ranks + 1)
+        port = door.getsockname()[1]
         context = multiprocessing.get_context("fork" if plan.gpu.kind == "cpu" else "spawn")
         self.processes = [
-            context.Process(
-                target=_child, args=(number, device, os.getpid(), self.store.port, plan, self.complaint, work, arguments), daemon=True
-            )
+            context.Process(target=_child, args=(number, device, os.getpid(), port, plan, self.complaint, work, arguments), daemon=True)
             for number, device in enumerate(devices)
         ]
         for process in self.processes:
             process.start()
+        self.store: dist.Store | None = dist.TCPStore(
+            "localhost", port, None, is_master=True, wait_for_workers=False, master_listen_fd=door.detach()
+        )
 
     def ended(self) -> dict[int, int]:
         """Status of each rank that has ended; minus a signal's number for one that was killed."""
@@ -146,9 +152,14 @@ class Crew:
         with suppress(ProcessLookupError):
             os.kill(self.processes[number].pid or 0, which)
 
-    def stopped(self) -> list[int]:
-        """Ranks that a signal has stopped, and that do not run until another one lets them."""
-        return [number for number, process in enumerate(self.processes) if _letter(process.pid) == "T"]
+    def places(self) -> list[str]:
+        """Where each rank is, as its innermost line of Python says when asked; empty for one that does not answer."""
+        for number in range(len(self.processes)):
+            _stack(self.complaint.parent, number).write_text("")
+            self.signal(number, signal.SIGUSR2)
+        time.sleep(4 * POLL)
+        told = (_stack(self.complaint.parent, number).read_text() for number in range(len(self.processes)))
+        return [next((line.strip() for line in text.splitlines() if line.startswith("  File ")), "") for text in told]
 
     def end(self) -> None:
         """Kill what is left."""
@@ -157,13 +168,12 @@ class Crew:
                 process.kill()
         for process in self.processes:
             process.join()
+        self.store = None
 
 
-def _letter(pid: int | None) -> str:
-    """The state of a process as Linux names it; empty elsewhere."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
-    return ""
+def _stack(folder: Path, number: int) -> Path:
+    """Where a rank writes its stack of calls when it gets SIGUSR2, even while it waits in a collective."""
+    return folder / f"stack.rank{number}.txt"
 
 
 def launch(plan: Plan, folder: Path, work: Work, *arguments: Any) -> Any:
@@ -182,6 +192,7 @@ def launch(plan: Plan, folder: Path, work: Work, *arguments: Any) -> Any:
         crew.end()
     if failed := {number: status for number, status in crew.ended().items() if status}:
         raise crew.refused() or Refused(f"rank {min(failed)} ended with {ending(failed[min(failed)])}; its output is above")
+    return None
 
 
 def ending(code: int) -> str:
@@ -193,6 +204,7 @@ def _child(number: int, device: int, parent: int, port: int, plan: Plan, complai
     _die_with(parent)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent hears it too, and asks all ranks to end after the same step
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR2, _stack(complaint.parent, number).open("a"), all_threads=False)
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(device), "WORLD_SIZE": str(plan.ranks), "LOCAL_WORLD_SIZE": str(plan.ranks),
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     try:
@@ -201,8 +213,11 @@ def _child(number: int, device: int, parent: int, port: int, plan: Plan, complai
         if not complaint.is_file():
             write(complaint, json.dumps(refused.problems))
         sys.exit(2)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if any(sign in str(error) for sign in PEERS):  # whoever fell first tells why
+            print(f"rank {number} lost its peers", file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.exit(1)
 
 

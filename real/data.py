@@ -8,7 +8,7 @@ import hashlib
 import json
 import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -241,17 +241,22 @@ class Batches:
         self.tokens, self.order, self.plan, self.dp_rank = tokens, order, plan, dp_rank
         self.reader = ThreadPoolExecutor(1)
         self.ahead: tuple[int, Future[Batch]] | None = None
+        self.passed_over: Callable[[int], int] = lambda _: 0  # samples left out before a step, after rollbacks
 
     def samples(self, step: int) -> range:
         """Global indices of this rank's samples in a step: contiguous, so that every mesh sees the same step."""
         share = self.plan.batch(step) // self.plan.dp
-        first = self.plan.samples(step) + self.dp_rank * share
+        first = self.plan.samples(step) + self.passed_over(step) + self.dp_rank * share
         return range(first, first + share)
 
     def step(self, step: int) -> Batch:
         """All that this rank works on in a step; the next step's is read meanwhile."""
         ahead, self.ahead = self.ahead, (step + 1, self.reader.submit(self._read, step + 1))
         return ahead[1].result() if ahead and ahead[0] == step else self._read(step)
+
+    def rewind(self) -> None:
+        """What was read ahead is not what comes next."""
+        self.ahead = None
 
     def _read(self, step: int) -> Batch:
         return batch_of(self.tokens, [self.order[i] for i in self.samples(step)], self.plan.train.document_mask)

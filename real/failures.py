@@ -32,6 +32,7 @@ from real.optim import local
 
 STAGE = "pretrain"
 INJECTED = "injected"
+LOADING = 0  # before the first step of a life: a load comes before any step, whichever it leads to
 
 
 class Injector:
@@ -42,7 +43,7 @@ class Injector:
         script = enumerate(map(read_fault, plan.failures.script))
         self.mine = [(number, fault) for number, fault in script if fault.rank == rank]
         self.struck = Counter(fired(folder)) if self.mine else Counter[int]()
-        self.step, self.drag, self.until = 0, 1.0, -1
+        self.step, self.drag, self.until = LOADING, 1.0, -1
         self.slept = self.lagged = 0.0  # in this step, and in the last in which it lagged
         self.storm = plan.failures.inject
         self.named: list[tuple[str, Tensor]] = []
@@ -77,7 +78,7 @@ class Injector:
     def at(self, phase: str) -> None:
         """What the script says of this phase of this step."""
         for number, fault in self.mine:
-            if fault.phase == phase and fault.step == self.step and self.struck[number] < fault.times:
+            if fault.phase == phase and self.step in (fault.step, LOADING) and self.struck[number] < fault.times:
                 self.struck[number] += 1
                 self.record.event(STAGE, INJECTED, self.step, fault=fault.kind, entry=number, phase=phase)
                 self.record.flush()

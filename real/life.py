@@ -126,7 +126,7 @@ class Life:
         foretold = {n: quantities[f"pretrain.{n}"]["value"] for n in ("step_time", "peak_memory") if f"pretrain.{n}" in quantities}
         self.record.event("pretrain", "start")
         launched = self.record.now()
-        start = Start(self.folder, self.epoch, launched, self.furthest, foretold, self.source, self.traced)
+        start = Start(self.folder, self.epoch, launched, launched, self.furthest, foretold, self.source, self.traced)
         if not under_torchrun():
             Supervisor(self.plan, self.folder, self.record, self.say).run(pretrain, start)
         elif not self._launch(pretrain, start):

@@ -170,10 +170,10 @@ class Attach(Function):
 
 
 @torch.no_grad()
-def balance(model: nn.Module, line: Line | None) -> None:
+def balance(model: nn.Module, line: Line | None, counts: bool = True) -> None:
     """After a step: a step up for the bias of experts visited less than the mean, down for the others (DeepSeek-V3, 2.1.2).
 
-    `line` joins the ranks that saw the step's other tokens.
+    `line` joins the ranks that saw the step's other tokens. A step that does not count only forgets its visits.
     """
     routers = [m for m in model.modules() if isinstance(m, Router) and m.moe.balance == "bias"]
     if not routers:
@@ -181,5 +181,6 @@ def balance(model: nn.Module, line: Line | None) -> None:
     loads = torch.stack([router.load for router in routers])
     loads = line.reduce(loads) if line else loads
     for router, load in zip(routers, loads, strict=True):
-        router.e_score_correction_bias += router.moe.balance_rate * torch.sign(load.mean() - load)
+        if counts:
+            router.e_score_correction_bias += router.moe.balance_rate * torch.sign(load.mean() - load)
         router.load.zero_()

@@ -7,10 +7,9 @@ and the order of the data are functions of the step, and nothing else is random.
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +19,19 @@ from conf.errors import Refused
 from conf.plan import Plan
 from conf.record import Record
 from conf.units import show
-from real import bigram, checkpoint, huggingface, optim, parallel
+from real import bigram, checkpoint, optim, parallel
 from real.cluster import rank
 from real.data import Order, Tokens, refuse_small, training
 from real.failures import Injector
 from real.heartbeat import Pulse, clock
+from real.integrity import differing
 from real.memory import Gauge
 from real.power import meter
+from real.profile import Watched
 from real.progress import Progress
+from real.resume import led, resume
+from real.stability import Decision, Guard
+from real.straggler import Scores
 from real.timeline import Timeline
 from real.trainer import HeldOut, Trainer
 
@@ -43,7 +47,8 @@ class Start:
 
     folder: Path  # of the record
     epoch: float  # moment of real.heartbeat.clock at which the run's clock showed zero
-    launched: float  # the run's clock when the ranks were started
+    began: float  # the run's clock when the stage began
+    launched: float  # and when these ranks were started
     furthest: int  # steps that an earlier attempt had done
     predicted: dict[str, float]  # the simulator's step time [s] and peak memory [B], where it was asked
     source: Path | None = None  # a checkpoint, or a Hugging Face model, to start from
@@ -58,7 +63,7 @@ def pretrain(plan: Plan, start: Start) -> bool:
     Raises Refused when memory runs out: what was foretold, what there is, and what would help.
     """
     try:
-        return _pretrain(plan, start)
+        return Training(plan, start).run()
     except (RuntimeError, MemoryError) as error:
         if not any(sign in str(error) for sign in EMPTY) and not isinstance(error, MemoryError):
             raise
@@ -76,63 +81,188 @@ def _too_large(plan: Plan, start: Start, error: str) -> str:
     return f"rank {rank()} ran out of memory {wanted}: {foretold}, gpu.memory={show(plan.gpu.memory, 'B')}; set {' or '.join(cures)}"
 
 
-def _pretrain(plan: Plan, start: Start) -> bool:
-    record = Record(start.folder, rank(), began=clock(plan) - start.epoch)
-    pulse, whole = start.pulse or _alone(plan), start.whole or plan
-    injector = Injector(whole, record, rank(), pulse, start.folder)
+class Training:
+    """One rank's part of the stage."""
 
-    def changed(state: str) -> None:
-        pulse.beat(rank(), state)
-        injector.at(state)
+    def __init__(self, plan: Plan, start: Start) -> None:
+        self.plan, self.start, whole = plan, start, start.whole or plan
+        self.record = record = Record(start.folder, rank(), began=clock(plan) - start.epoch)
+        self.pulse = start.pulse or _alone(plan)
+        self.injector = Injector(whole, record, rank(), self.pulse, start.folder)
+        cuda = plan.gpu.kind == "cuda"
+        self.timeline, self.power, self.gauge = Timeline(cuda, self._changed), meter(plan.gpu.kind), Gauge(cuda)
+        record.observe(STAGE, "init", max(0.0, record.now() - start.launched), at=record.now())
+        tokens, order = training(start.folder / "tokens", plan)
+        self.held_out = _held_out(plan, start.folder / "tokens")
+        self.trainer = Trainer(plan, tokens, self.timeline, order)
+        self.injector.attach(self.trainer.parts, self.trainer.optimizer.named)
+        self.writer = checkpoint.Writer(start.folder / "checkpoints", whole, self.injector.at)
+        self.guard = led(lambda: Guard(whole, start.folder))
+        self.trainer.batches.passed_over = self.guard.samples
+        self.scores = Scores(plan.ranks, plan.mesh.pp) if start.pulse and rank() == 0 else None
+        self.watched = Watched(start.traced, start.folder, cuda)
+        self.step = resume(whole, self.trainer, start.folder, start.source, record)
+        self.decision: Decision | None = None
+        self.progress: Progress | None = None
 
-    timeline, power = Timeline(plan.gpu.kind == "cuda", changed), meter(plan.gpu.kind)
-    gauge = Gauge(plan.gpu.kind == "cuda")
-    record.observe(STAGE, "init", max(0.0, record.now() - start.launched), at=record.now())
-    tokens, order = training(start.folder / "tokens", plan)
-    held_out = _held_out(plan, start.folder / "tokens")
-    trainer = Trainer(plan, tokens, timeline, order)
-    injector.attach(trainer.parts, trainer.optimizer.named)
-    writer = checkpoint.Writer(start.folder / "checkpoints", whole, injector.at)
-    first = _resume(whole, trainer, start, record)
-    if first >= (plan.train.steps or math.inf):
-        return True
-    progress = Progress(plan, start.predicted.get("step_time"), first) if rank() == 0 else None
-    book(record, timeline, None)
-    step, over, wish = first, False, False
-    profiler = _profiler(plan.gpu.kind == "cuda") if start.traced else None
-    while not over and not wish:
-        injector.begin(step + 1)
-        if profiler and start.traced and step + 1 == start.traced[0]:
-            profiler.start()
-        loss, norm, wish = trainer.step(step, pulse.stop)
-        if profiler and start.traced and step + 1 == start.traced[1]:
-            profiler.stop()
-            profiler.export_chrome_trace(str(start.folder / f"profile.rank{rank()}.json.gz"))
-        step += 1
-        seconds, states = book(record, timeline, step, replay=step <= start.furthest)
-        pulse.stepped(rank(), step, sum(states.get(state, 0.0) for state in WORK))
-        tell(plan, record, step, seconds, loss, norm)
-        if not math.isfinite(loss):
-            cure = f"lower train.learning_rate={plan.train.learning_rate} or train.clip={plan.train.clip}"
-            raise Refused(f"the loss of step {step} is {loss}: training diverged; {cure}")
-        if progress:
-            progress.step(step, loss, seconds)
-        over = _over(plan, step, record.now() - start.launched)
-        if held_out and _due(step, plan.train.evaluate_every, over):
-            _evaluate(plan, trainer, held_out, record, step, progress)
-        if _due(step, plan.checkpoint.every, over or wish):
-            _save(trainer, writer, record, step)
-        _saved(record, writer.poll())
+    def _changed(self, state: str) -> None:
+        self.pulse.beat(rank(), state)
+        self.injector.at(state)
+
+    def run(self) -> bool:
+        """Steps until the end; returns whether that was reached."""
+        plan, record, over, wish = self.plan, self.record, False, False
+        if self.step >= (plan.train.steps or math.inf):
+            return True
+        self.progress = Progress(plan, self.start.predicted.get("step_time"), self.step) if rank() == 0 else None
+        self.guard.resume(self.step)
+        book(record, self.timeline, None)
+        while not over and not wish:
+            wish = self._step()
+            if self.decision and self.decision.answer in ("rollback", "verify"):
+                self._back(self.decision.to)
+                continue
+            over = _over(plan, self.step, record.now() - self.start.began)
+            if self.held_out and _due(self.step, plan.train.evaluate_every, over):
+                self._evaluate(self.held_out)
+            save = _due(self.step, plan.checkpoint.every, over or wish)
+            if (save or _due(self.step, plan.failures.verify_every, False)) and not self._sound():
+                continue
+            if save:
+                self._save()
+            self._saved(self.writer.poll())
+            record.flush()
+        self.timeline.enter("checkpoint")
+        self._saved(self.writer.finish())
+        book(record, self.timeline, None)
+        if over:
+            self._finish()
         record.flush()
-    trainer.timeline.enter("checkpoint")
-    _saved(record, writer.finish())
-    book(record, trainer.timeline, None)
-    if over:
-        _finish(plan, trainer, record, step, held_out, gauge, power.joules())
-    record.flush()
-    if progress:
-        progress.close()
-    return over
+        if self.progress:
+            self.progress.close()
+        return over
+
+    # -- a step
+
+    def _step(self) -> bool:
+        """One step, told; returns whether somebody wishes the run to stop."""
+        plan, record = self.plan, self.record
+        self.decision = None
+        self.injector.begin(self.step + 1)
+        self.watched.before(self.step + 1)
+        loss, norm, wish = self.trainer.step(self.step, self.pulse.stop, self._judge if self.guard.awake else None)
+        self.watched.after(self.step + 1)
+        self.step += 1
+        seconds, states = book(record, self.timeline, self.step, replay=self.step <= self.start.furthest)
+        work = sum(states.get(state, 0.0) for state in WORK)
+        self.pulse.stepped(rank(), self.step, work)
+        tell(plan, record, self.step, seconds, loss, norm)
+        if self.decision:
+            self._decided(self.decision)
+        elif not math.isfinite(loss):
+            cure = f"lower train.learning_rate={plan.train.learning_rate} or train.clip={plan.train.clip}"
+            raise Refused(f"the loss of step {self.step} is {loss}: training diverged; {cure}, or set failures.spikes.answer=skip")
+        if self.progress:
+            self.progress.step(self.step, loss, seconds)
+        for slow in self.scores.look([beat.work for beat in self.pulse], seconds) if self.scores else ():
+            record.event(STAGE, "straggler", self.step, culprit=slow.rank, factor=slow.score, cost=slow.cost)
+            self._say(f"rank {slow.rank} is slow: {slow.score:.1f} times the work of the others, which makes steps {slow.cost:.0%} longer")
+        return wish
+
+    def _judge(self, loss: float, norm: float) -> float:
+        """The factor of the learning rate; 0 for a step that must not count."""
+        self.decision = self.guard.answer(self.step + 1, loss, norm)
+        return 0.0 if self.decision else self.guard.rate(self.step + 1)
+
+    def _decided(self, decision: Decision) -> None:
+        self.guard.decide(decision, rank() == 0)
+        if rank() == 0:
+            self.record.event(
+                STAGE, "corruption" if decision.answer == "verify" else "spike", self.step, why=decision.why, answer=decision.answer
+            )
+        self._say(f"step {self.step}: {decision.why}; answered with {decision.answer}")
+
+    def _sound(self) -> bool:
+        """Whether all replicas hold the same weights; where they do not, back to the last checkpoint, which was saved when they did."""
+        axes = self.trainer.axes
+        if not self.plan.failures.verify_every or axes is None:
+            return True
+        with self.timeline.during("communication"):
+            wrong = differing(self.trainer.optimizer.named, axes)
+        if not wrong:
+            return True
+        why = f"replica{'s' * (len(wrong) > 1)} {' and '.join(map(str, wrong))} of {self.plan.mesh.dp_replicate} hold other weights"
+        self._decided(self.guard.within_budget(Decision(self.step, "verify", why, self.step)))
+        self._back(self.step)
+        return False
+
+    def _back(self, most: int) -> None:
+        """To the newest checkpoint of at most so many steps; what was saved after it belongs to a history that was given up."""
+        folder = self.start.folder / "checkpoints"
+        self._saved(self.writer.finish())
+        found = led(lambda: checkpoint.newest(folder, self.start.whole or self.plan, most))
+        if found is None:
+            raise Refused(f"step {self.step} must be undone, and {folder} holds no checkpoint of step {most} or before; "
+                          "lower checkpoint.every or failures.spikes.rewind, or raise checkpoint.keep")  # fmt: skip
+        path, step, _ = found
+        with self.timeline.during("load"):
+            checkpoint.load(path, self.trainer.parts, self.trainer.optimizer, step)
+        led(lambda: checkpoint.forget_after(folder, step))
+        self.start = replace(self.start, furthest=max(self.start.furthest, self.step))
+        self.step = step
+        self.trainer.batches.rewind()
+        self.guard.resume(step)
+        book(self.record, self.timeline, None)
+        if rank() == 0:
+            self.record.event(STAGE, "rollback", step)
+        self.record.flush()
+
+    # -- between steps
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            self.progress.say(text)
+
+    def _evaluate(self, held_out: HeldOut) -> None:
+        self.timeline.enter("evaluate")
+        loss = self.trainer.evaluate(held_out)
+        if rank() == 0:
+            self.record.observe(STAGE, "held_out_loss", loss, self.step)
+            self.record.observe(STAGE, "held_out_bits_per_byte", held_out.bits_per_byte(loss), self.step)
+            self.record.event(STAGE, "evaluate", self.step, loss=loss)
+        self._say(f"held-out loss {loss:.4f} nat a token after step {self.step}")
+        book(self.record, self.timeline, None)
+
+    def _save(self) -> None:
+        self.timeline.enter("checkpoint")
+        self._saved(self.writer.save(checkpoint.state(self.trainer.parts, self.trainer.optimizer), self.step))
+        book(self.record, self.timeline, None)
+
+    def _saved(self, safe: list[tuple[int, int]]) -> None:
+        if rank() == 0:
+            for step, size in safe:
+                self.record.observe(STAGE, "checkpoint_bytes", size, step)
+                self.record.event(STAGE, "checkpoint", step, bytes=size)
+
+    def _finish(self) -> None:
+        record, trainer, step, plan = self.record, self.trainer, self.step, self.plan
+        record.observe(STAGE, "peak_memory", self.gauge.peak(), step)
+        if (reserved := self.gauge.reserved()) is not None:
+            record.observe(STAGE, "reserved_memory", reserved, step)
+        count, joules = optim.count(trainer.optimizer.named, trainer.twice), self.power.joules()
+        if rank() == 0:
+            record.observe(STAGE, "parameters", count, step)
+            if joules is not None:
+                record.observe(STAGE, "energy", joules, step)
+            if self.held_out and plan.samples(step) * plan.train.seq_len <= BASELINE_TOKENS:
+                self.timeline.enter("evaluate")
+                loss = bigram.held_out_loss(_seen(trainer, step), self.held_out.sequences, plan.model.vocab)
+                record.observe(STAGE, "bigram_bits_per_byte", self.held_out.bits_per_byte(loss), step)
+        self.timeline.enter("idle")
+        if dist.is_initialized():
+            dist.barrier()
+        book(record, self.timeline, None)
+        record.event(STAGE, "end", step)
 
 
 def _alone(plan: Plan) -> Pulse:
@@ -141,12 +271,6 @@ def _alone(plan: Plan) -> Pulse:
     for which in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(which, lambda *_: pulse.ask_to_stop())
     return pulse
-
-
-def _profiler(cuda: bool) -> torch.profiler.profile:
-    """Torch's own, which sees every operator and kernel."""
-    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
-    return torch.profiler.profile(activities=kinds, record_shapes=True)
 
 
 def tell(plan: Plan, record: Record, step: int, seconds: float, loss: float, norm: float) -> None:
@@ -180,55 +304,6 @@ def _held_out(plan: Plan, folder: Path) -> HeldOut | None:
     return HeldOut(rest, [order[i] for i in range(count)], folder)
 
 
-def _resume(plan: Plan, trainer: Trainer, start: Start, record: Record) -> int:
-    """Load the newest checkpoint of this plan, else what the run is to start from; returns the steps that it holds."""
-    found = _led(lambda: checkpoint.newest(start.folder / "checkpoints", plan) or _elsewhere(plan, start.source))
-    if found is None:
-        return 0
-    path, step, passed_over = found
-    with trainer.timeline.during("load"):
-        if path.name.startswith("step-"):
-            checkpoint.load(path, trainer.parts, trainer.optimizer, step)
-        else:
-            huggingface.load(path, plan.model, trainer.parts)
-    record.event(STAGE, "restart", step, checkpoint=path.name, passed_over=passed_over)
-    if rank() == 0:
-        for reason in passed_over:
-            print(f"passed over: {reason}", flush=True)
-        print(f"resumed from {path.name}" if path.parent.parent == start.folder else f"started from {path}", flush=True)
-    return step
-
-
-def _elsewhere(plan: Plan, source: Path | None) -> tuple[Path, int, list[str]] | None:
-    """What another run, or another program, has left."""
-    if source is None:
-        return None
-    if (source / "config.json").is_file():
-        huggingface.refuse_other(source, plan.model)
-        return source, 0, []
-    path, manifest = checkpoint.find(source)
-    step = plan.step_of(manifest["samples"])
-    if step is None:
-        have = f"{path} has seen {manifest['samples']} sequences"
-        raise Refused(f"{have}, inside a step of train.global_batch={plan.train.global_batch}; set a batch that divides them")
-    return path, step, []
-
-
-def _led(work: Callable[[], Any]) -> Any:
-    """What the first rank finds, on every rank; what it refuses, all refuse."""
-    told: list[Any] = [None]
-    if rank() == 0:
-        try:
-            told = [work()]
-        except Refused as refused:
-            told = [refused]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told, 0)
-    if isinstance(told[0], Refused):
-        raise told[0]
-    return told[0]
-
-
 def book(record: Record, timeline: Timeline, step: int | None, replay: bool = False) -> tuple[float, dict[str, float]]:
     """Write the states since the last call; returns the seconds between the two, and how they divide."""
     seconds, states = timeline.close()
@@ -245,51 +320,6 @@ def _bars(record: Record, seconds: float, states: dict[str, float], step: int) -
     for state, value in states.items():
         record.span(state, start, start + value, STAGE, step)
         start += value
-
-
-def _evaluate(plan: Plan, trainer: Trainer, held_out: HeldOut, record: Record, step: int, progress: Any) -> None:
-    trainer.timeline.enter("evaluate")
-    loss = trainer.evaluate(held_out)
-    if rank() == 0:
-        record.observe(STAGE, "held_out_loss", loss, step)
-        record.observe(STAGE, "held_out_bits_per_byte", held_out.bits_per_byte(loss), step)
-        record.event(STAGE, "evaluate", step, loss=loss)
-        progress.say(f"held-out loss {loss:.4f} nat a token after step {step}")
-    book(record, trainer.timeline, None)
-
-
-def _save(trainer: Trainer, writer: checkpoint.Writer, record: Record, step: int) -> None:
-    trainer.timeline.enter("checkpoint")
-    _saved(record, writer.save(checkpoint.state(trainer.parts, trainer.optimizer), step))
-    book(record, trainer.timeline, None)
-
-
-def _saved(record: Record, safe: list[tuple[int, int]]) -> None:
-    if rank() == 0:
-        for step, size in safe:
-            record.observe(STAGE, "checkpoint_bytes", size, step)
-            record.event(STAGE, "checkpoint", step, bytes=size)
-
-
-def _finish(plan: Plan, trainer: Trainer, record: Record, step: int, held_out: HeldOut | None, gauge: Gauge, joules: float | None) -> None:
-    record.observe(STAGE, "peak_memory", gauge.peak(), step)
-    if (reserved := gauge.reserved()) is not None:
-        record.observe(STAGE, "reserved_memory", reserved, step)
-    count = optim.count(trainer.optimizer.named, trainer.twice)
-    if rank() == 0:
-        record.observe(STAGE, "parameters", count, step)
-        if joules is not None:
-            record.observe(STAGE, "energy", joules, step)
-        if held_out and plan.samples(step) * plan.train.seq_len <= BASELINE_TOKENS:
-            trainer.timeline.enter("evaluate")
-            loss = bigram.held_out_loss(_seen(trainer, step), held_out.sequences, plan.model.vocab)
-            record.observe(STAGE, "bigram_bits_per_byte", held_out.bits_per_byte(loss), step)
-    trainer.timeline.enter("idle")
-    if dist.is_initialized():
-        dist.barrier()
-    book(record, trainer.timeline, None)
-    record.event(STAGE, "end", step)
-    record.flush()
 
 
 def _seen(trainer: Trainer, steps: int) -> Iterator[np.ndarray]:

@@ -2,10 +2,10 @@
 
 run → fault → detect (a process that ended, a heart that stands still) → abort (all others end) → reallocate (a pause, or a device
 left out) → init → load → replay → run: the states that sim/recovery.py foretells. Two limits tell that a heart stands still:
-failures.timeout within steps, failures.start_timeout in what may take longer. A rank beats at every change of its state, so
-the one whose last beat is the oldest is the one that the others wait for.
+failures.timeout within steps, failures.start_timeout in what may take longer.
 """
 
+import json
 import signal
 import time
 from collections import Counter
@@ -22,10 +22,11 @@ from conf.rules import problems
 from conf.units import show
 from real import checkpoint
 from real.cluster import POLL, Crew, Work, ending
-from real.failures import Storm
+from real.failures import INJECTED, Storm
 from real.heartbeat import PATIENT, Beat, Pulse, Stopped
 
 STAGE = "pretrain"
+WAITING = ("torch/distributed/", "in synchronize")  # where a rank is that waits for another
 LONGEST = 60.0  # seconds of the longest pause before a restart
 
 
@@ -72,7 +73,7 @@ class Supervisor:
                     return
                 start = replace(start, furthest=max(start.furthest, *(beat.step for beat in pulse)))
                 if fall is None:
-                    self._resized(plan.ranks)
+                    self._resized()
                 else:
                     self._fell(crew, fall, devices, launched)
                     self._again(fall, devices)
@@ -116,7 +117,10 @@ class Supervisor:
         return Fall(rank, "exit", ending(ended[rank]), before, seen)
 
     def _still(self, crew: Crew) -> Fall | None:
-        """The rank whose heart has stood still for too long: the one that a signal stopped, else the one that stands longest."""
+        """The rank whose heart has stood still for too long, and that the others wait for.
+
+        That is one that does not say where it is, else one that is not waiting in a collective, else the one that beat longest ago.
+        """
         now, limits = time.monotonic(), self.plan.failures
         beats = {number: beat for number, beat in enumerate(crew.pulse) if number not in crew.ended()}
         starting = any(beat.work == 0 for beat in beats.values())  # somebody has not done a step yet
@@ -127,15 +131,17 @@ class Supervisor:
 
         if not any(map(late, beats.values())):
             return None
-        rank = next((number for number in crew.stopped() if number in beats), min(beats, key=lambda number: beats[number].at))
-        span, seen = now - beats[rank].at, self.record.now()
-        return Fall(rank, "timeout", f"no progress for {show(span, 's')} in {beats[rank].state}", seen - span, seen)
+        span, seen, places = now - min(beat.at for beat in beats.values()), self.record.now(), crew.places()
+        rank = min(beats, key=lambda number: (places[number] != "", any(sign in places[number] for sign in WAITING), beats[number].at))
+        where = f"at {places[rank]}" if places[rank] else "without an answer"
+        return Fall(rank, "timeout", f"no progress for {show(span, 's')} in {beats[rank].state}, {where}", seen - span, seen)
 
     # -- after a fall
 
     def _fell(self, crew: Crew, fall: Fall, devices: list[int], launched: float) -> None:
         """Tell of it, and book the time since the ranks last did: work that is lost, noticing it, ending the rest."""
         record, ranks, step = self.record, len(devices), max(beat.step for beat in crew.pulse)
+        fall = fall._replace(fault=self._played(fall, launched))
         record.event(STAGE, "failure", step, at=fall.fault, cause=fall.why, culprit=fall.rank, device=devices[fall.rank])
         record.event(STAGE, "detection", step, at=fall.seen, by=fall.by)
         rows = read(self.folder, "ledger")
@@ -148,6 +154,12 @@ class Supervisor:
                 record.observe(STAGE, state, seconds, at=now)
         record.span("recovery", fall.fault, now, STAGE, step, "job")
         self.say(f"rank {fall.rank} of {ranks} failed after step {step}: {fall.why}")
+
+    def _played(self, fall: Fall, launched: float) -> float:
+        """When the fault struck: where it was played, the record knows better than who noticed it."""
+        told = (event for event in read(self.folder, "events") if event["event"] == INJECTED and launched < event["at"] <= fall.seen)
+        mine = (event["at"] for event in told if fall.rank in (event["rank"], json.loads(event["detail"]).get("struck")))
+        return max(mine, default=fall.fault) if fall.by == "exit" else fall.fault
 
     def _again(self, fall: Fall, devices: list[int]) -> None:
         """Pause, and leave out a device that failed again and again.
@@ -168,13 +180,14 @@ class Supervisor:
         if limits.without_spare == "shrink" and limits.quarantine and self.blamed[device] >= limits.quarantine:
             self.away[device] = self.record.now() + limits.repair.mean
             del self.blamed[device]
-            self._resized(self._on(len(self._devices())).ranks)
+            self._resized()
         began = self.record.now()
         if self.in_a_row > 1:
             time.sleep(min(LONGEST, limits.backoff * 2 ** (self.in_a_row - 2)))
         self.record.observe(STAGE, "reallocate", len(devices) * (self.record.now() - began))
 
-    def _resized(self, ranks: int) -> None:
+    def _resized(self) -> None:
+        ranks = len(self._devices())
         self.record.event(STAGE, "resize", self._newest(), ranks=ranks)
         self.say(f"goes on with {ranks} of {self.plan.ranks} ranks")
 
@@ -200,7 +213,7 @@ class Supervisor:
         if devices == self.plan.ranks:
             return self.plan
         for ranks in range(devices, 0, -1):
-            smaller = self.plan.but(**{"cluster.gpus_per_node": ranks, "mesh.dp_shard": -1})
+            smaller = self.plan.but(**{"cluster.gpus_per_node": ranks, "mesh.dp_shard": -1, "failures.script": []})
             if not problems(smaller):
                 return smaller
         mesh = " × ".join(f"{name} {size}" for name, size in self.plan.axes.items() if size > 1)
@@ -210,7 +223,7 @@ class Supervisor:
     def _newest(self) -> int:
         """Steps of the newest checkpoint, 0 where there is none."""
         found = checkpoint.complete(self.folder / "checkpoints")
-        return int(found[-1].name.split("-")[1]) if found else 0
+        return checkpoint.step_of(found[-1]) if found else 0
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

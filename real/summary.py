@@ -43,7 +43,7 @@ def _training(plan: Plan, rows: list[Mapping[str, Any]], events: list[Mapping[st
     peak = plan.gpu.peak(plan.train.precision) or math.nan
     wall = sum(r["value"] for r in rows if r["stage"] == "pretrain" and r["quantity"] in STATES) / plan.ranks
     tokens = sum(plan.batch(step - 1) for step in by_step) * plan.train.seq_len
-    stops = sum(1 for event in events if event["stage"] == "run" and event["event"] == "start") - 1
+    stops = sum((event["stage"], event["event"]) in (("run", "start"), ("pretrain", "failure")) for event in events) - 1
     told: dict[str, float | Value] = {
         "pretrain.step_time": step_time,
         "pretrain.tokens_per_s": rate,

@@ -1,6 +1,7 @@
 """What trains: this rank's parts of the model, their optimizer and their data, for any mesh."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,8 +87,11 @@ class Trainer:
             return batch
         return batch.take(self.parts[0].spread(batch.inputs.shape[1] // self.axes.cp.size))
 
-    def step(self, step: int, wish: bool = False) -> tuple[float, float, bool]:
-        """One optimizer step; returns the mean loss a token over all ranks, the gradient norm, and whether any rank has the wish."""
+    def step(self, step: int, wish: bool = False, judge: Callable[[float, float], float] | None = None) -> tuple[float, float, bool]:
+        """One optimizer step; returns the mean loss a token over all ranks, the gradient norm, and whether any rank has the wish.
+
+        A judge sees both numbers first and says the factor of the learning rate; 0 drops the step, which then leaves no trace.
+        """
         plan, enter = self.plan, self.timeline.enter
         enter("data")
         batch = self.batches.step(step)
@@ -99,14 +103,25 @@ class Trainer:
         enter("communication")
         share_tied(self.parts, plan, self.axes.pp if self.axes else None)
         enter("optimizer")
-        norm = optim.clip(self.optimizer.named, plan.train.clip, self.twice)
-        self.optimizer.step(optim.learning_rate(plan.train, step))
+        norm, factor = optim.clip(self.optimizer.named, plan.train.clip, self.twice), 1.0
+        if judge:
+            loss, wished = self._summed(told, wish)
+            factor = judge(loss, float(norm))
+            enter("optimizer")
+        if factor:
+            self.optimizer.step(factor * optim.learning_rate(plan.train, step))
         self.optimizer.zero_grad()
         for part in self.parts:
-            balance(part, self.axes.stage if self.axes else None)
-        enter("communication")
+            balance(part, self.axes.stage if self.axes else None, counts=factor > 0)
+        if not judge:  # later, so that a GPU is not waited for before the update is launched
+            loss, wished = self._summed(told, wish)
+        return loss, float(norm), wished
+
+    def _summed(self, told: torch.Tensor, wish: bool) -> tuple[float, bool]:
+        """The loss over all ranks, and whether any has the wish."""
+        self.timeline.enter("communication")
         loss, wishes = parallel.total(torch.stack((told, torch.full_like(told, float(wish))))).tolist()
-        return loss / plan.mesh.tp, float(norm), wishes > 0
+        return loss / self.plan.mesh.tp, wishes > 0
 
     def _counted(self, batch: Batch, step: int) -> int:
         """Targets of the step that count."""
