@@ -94,7 +94,8 @@ def build(kind: type[Node], values: Any, at: str, problems: list[str]) -> Any:
         problems.append(f"{at}.{name}={values[name]!r} is not a key of {at or 'the plan'}; {nearest(str(name), known)}".lstrip("."))
     for name, annotation in known.items():
         key, declared = f"{at}.{name}".lstrip("."), kind.__dataclass_fields__[name]
-        given, default = name in values and values[name] != MISSING, {} if declared.default_factory is dict else declared.default
+        given = name in values and values[name] != MISSING
+        default = declared.default_factory() if declared.default_factory in (dict, list) else declared.default
         if not given and isinstance(annotation, type) and issubclass(annotation, Node):
             result[name] = build(annotation, {}, key, problems)
         elif not given and default not in (MISSING, dataclasses.MISSING):

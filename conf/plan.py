@@ -328,7 +328,7 @@ class Checkpoint(Node):
     keep_every: int = say("steps between checkpoints that are kept for good; 0 = none", 0, must=NOT_NEGATIVE)
     asynchronous: bool = say("whether training goes on while a copy of the state is written", False)
     local_every: int = say("steps between copies on the servers' own disks, lost with their server; 0 = none", 0, must=NOT_NEGATIVE)
-    memory_every: int = say("steps between copies in a neighbour's memory, lost when neighbours fall together; 0 = none", 0,
+    memory_every: int = say("steps between copies in a neighbour's memory (of one server its own), lost when both fall; 0 = none", 0,
                             must=NOT_NEGATIVE)  # fmt: skip
     spoilt: float = say("share of checkpoints that prove unreadable, so that an older one is taken", 0.0, must=SHARE)
 

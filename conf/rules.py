@@ -198,8 +198,6 @@ def _failures(plan: Plan) -> Iterator[str]:
         yield f"checkpoint.every={checkpoint.every} is longer than the run, train.steps={steps}; lower it, or set 0 to save only at the end"
     if checkpoint.local_every and cluster.local_bandwidth is None:
         yield f"checkpoint.local_every={checkpoint.local_every} needs disks in the servers; set cluster.local_bandwidth, as in '10 GB/s'"
-    if checkpoint.memory_every and cluster.nodes == 1:
-        yield f"checkpoint.memory_every={checkpoint.memory_every} needs a neighbour's memory, but cluster.nodes=1; set it to 0"
 
 
 def _replicas(plan: Plan) -> Iterator[str]:

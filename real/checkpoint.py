@@ -7,7 +7,6 @@ could run anything: it is read by an unpickler that knows the dozen classes it c
 
 import errno
 import json
-import math
 import os
 import pickle
 import shutil
@@ -140,34 +139,9 @@ def step_of(path: Path) -> int:
     return int(path.name.split("-")[1])
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Delete checkpoints of a history that was given up."""
-    for path in complete(folder):
-        if step_of(path) > step:
-            shutil.rmtree(path)
-
-
 def complete(folder: Path) -> list[Path]:
     """Sealed checkpoints, oldest first."""
     return sorted(p.parent for p in folder.glob("step-*/manifest.json"))
-
-
-def newest(folder: Path, plan: Plan, most: float = math.inf) -> tuple[Path, int, list[str]] | None:
-    """The newest checkpoint that is whole and belongs to this plan, its step, and why newer ones were passed over.
-
-    Only those of at most so many steps are looked at; None when there is none at all.
-
-    Raises Refused when checkpoints exist and none can be trusted: it names each with its reason.
-    """
-    reasons = []
-    for path in (path for path in reversed(complete(folder)) if step_of(path) <= most):
-        reason, manifest = check(path, plan)
-        if reason is None:
-            return path, int(manifest["step"]), reasons
-        reasons.append(f"{path}: {reason}")
-    if reasons:
-        raise Refused(*(f"{reason}; delete it to start without it" for reason in reasons))
-    return None
 
 
 def check(path: Path, plan: Plan | None) -> tuple[str | None, dict[str, Any]]:

@@ -29,6 +29,7 @@ from real import checkpoint
 from real.cluster import Crew
 from real.heartbeat import Pulse
 from real.optim import local
+from real.tiers import tiers
 
 STAGE = "pretrain"
 INJECTED = "injected"
@@ -39,7 +40,7 @@ class Injector:
     """The faults of one rank's script."""
 
     def __init__(self, plan: Plan, record: Record, rank: int, pulse: Pulse, folder: Path) -> None:
-        self.record, self.rank, self.pulse, self.checkpoints = record, rank, pulse, folder / "checkpoints"
+        self.record, self.rank, self.pulse, self.tiers = record, rank, pulse, tiers(plan, folder)
         script = enumerate(map(read_fault, plan.failures.script))
         self.mine = [(number, fault) for number, fault in script if fault.rank == rank]
         self.struck = Counter(fired(folder)) if self.mine else Counter[int]()
@@ -102,7 +103,7 @@ class Injector:
             case "slow":
                 self.drag, self.until = fault.factor, fault.step + fault.steps - 1
             case "truncate" | "alter" | "remove":
-                spoil(checkpoint.complete(self.checkpoints)[-1], fault.kind)
+                spoil(max(self._held(), key=lambda path: path.stat().st_mtime), fault.kind)
             case "full":
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -111,6 +112,9 @@ class Injector:
             case "clock":
                 jump, now = fault.seconds, time.time
                 time.time = lambda: now() + jump
+
+    def _held(self) -> list[Path]:
+        return [path for tier in self.tiers for path in checkpoint.complete(tier.folder)]
 
     @torch.no_grad()
     def _flip(self) -> None:

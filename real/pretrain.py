@@ -19,7 +19,7 @@ from conf.errors import Refused
 from conf.plan import Plan
 from conf.record import Record
 from conf.units import show
-from real import bigram, checkpoint, optim, parallel
+from real import bigram, checkpoint, optim, parallel, tiers
 from real.cluster import rank
 from real.data import Order, Tokens, refuse_small, training
 from real.failures import Injector
@@ -96,7 +96,8 @@ class Training:
         self.held_out = _held_out(plan, start.folder / "tokens")
         self.trainer = Trainer(plan, tokens, self.timeline, order)
         self.injector.attach(self.trainer.parts, self.trainer.optimizer.named)
-        self.writer = checkpoint.Writer(start.folder / "checkpoints", whole, self.injector.at)
+        self.whole, self.tiers = whole, tiers.tiers(whole, start.folder)
+        self.writers = {tier: checkpoint.Writer(tier.folder, whole, self.injector.at) for tier in self.tiers}
         self.guard = led(lambda: Guard(whole, start.folder))
         self.trainer.batches.passed_over = self.guard.samples
         self.scores = Scores(plan.ranks, plan.mesh.pp) if start.pulse and rank() == 0 else None
@@ -125,15 +126,16 @@ class Training:
             over = _over(plan, self.step, record.now() - self.start.began)
             if self.held_out and _due(self.step, plan.train.evaluate_every, over):
                 self._evaluate(self.held_out)
-            save = _due(self.step, plan.checkpoint.every, over or wish)
-            if (save or _due(self.step, plan.failures.verify_every, False)) and not self._sound():
+            due = list(tiers.due(self.tiers, self.step, over or wish))
+            if (due or _due(self.step, plan.failures.verify_every, False)) and not self._sound():
                 continue
-            if save:
-                self._save()
-            self._saved(self.writer.poll())
+            for tier in due:
+                self._save(tier)
+            for tier, writer in self.writers.items():
+                self._saved(tier, writer.poll())
             record.flush()
         self.timeline.enter("checkpoint")
-        self._saved(self.writer.finish())
+        self._settle()
         book(record, self.timeline, None)
         if over:
             self._finish()
@@ -198,16 +200,15 @@ class Training:
 
     def _back(self, most: int) -> None:
         """To the newest checkpoint of at most so many steps; what was saved after it belongs to a history that was given up."""
-        folder = self.start.folder / "checkpoints"
-        self._saved(self.writer.finish())
-        found = led(lambda: checkpoint.newest(folder, self.start.whole or self.plan, most))
+        self._settle()
+        found = led(lambda: tiers.newest(self.whole, self.start.folder, most))
         if found is None:
-            raise Refused(f"step {self.step} must be undone, and {folder} holds no checkpoint of step {most} or before; "
+            raise Refused(f"step {self.step} must be undone, and there is no checkpoint of step {most} or before; "
                           "lower checkpoint.every or failures.spikes.rewind, or raise checkpoint.keep")  # fmt: skip
         path, step, _ = found
         with self.timeline.during("load"):
             checkpoint.load(path, self.trainer.parts, self.trainer.optimizer, step)
-        led(lambda: checkpoint.forget_after(folder, step))
+        led(lambda: tiers.forget_after(self.whole, self.start.folder, step))
         self.start = replace(self.start, furthest=max(self.start.furthest, self.step))
         self.step = step
         self.trainer.batches.rewind()
@@ -233,16 +234,21 @@ class Training:
         self._say(f"held-out loss {loss:.4f} nat a token after step {self.step}")
         book(self.record, self.timeline, None)
 
-    def _save(self) -> None:
+    def _save(self, tier: tiers.Tier) -> None:
         self.timeline.enter("checkpoint")
-        self._saved(self.writer.save(checkpoint.state(self.trainer.parts, self.trainer.optimizer), self.step))
+        self._saved(tier, self.writers[tier].save(checkpoint.state(self.trainer.parts, self.trainer.optimizer), self.step))
         book(self.record, self.timeline, None)
 
-    def _saved(self, safe: list[tuple[int, int]]) -> None:
+    def _settle(self) -> None:
+        """Wait for what is being written."""
+        for tier, writer in self.writers.items():
+            self._saved(tier, writer.finish())
+
+    def _saved(self, tier: tiers.Tier, safe: list[tuple[int, int]]) -> None:
         if rank() == 0:
             for step, size in safe:
                 self.record.observe(STAGE, "checkpoint_bytes", size, step)
-                self.record.event(STAGE, "checkpoint", step, bytes=size)
+                self.record.event(STAGE, "checkpoint", step, bytes=size, **({} if tier.name == tiers.REMOTE else {"tier": tier.name}))
 
     def _finish(self) -> None:
         record, trainer, step, plan = self.record, self.trainer, self.step, self.plan
@@ -258,6 +264,7 @@ class Training:
                 self.timeline.enter("evaluate")
                 loss = bigram.held_out_loss(_seen(trainer, step), self.held_out.sequences, plan.model.vocab)
                 record.observe(STAGE, "bigram_bits_per_byte", self.held_out.bits_per_byte(loss), step)
+            tiers.release(self.whole, self.start.folder)
         self.timeline.enter("idle")
         if dist.is_initialized():
             dist.barrier()

@@ -20,7 +20,7 @@ from conf.plan import Plan
 from conf.record import STATES, Record, read
 from conf.rules import problems
 from conf.units import show
-from real import checkpoint
+from real import tiers
 from real.cluster import POLL, Crew, Work, ending
 from real.failures import INJECTED, Storm
 from real.heartbeat import PATIENT, Beat, Pulse, Stopped
@@ -221,9 +221,7 @@ class Supervisor:
                       f"train.global_batch={self.plan.train.global_batch}; repair them and give the same command again")  # fmt: skip
 
     def _newest(self) -> int:
-        """Steps of the newest checkpoint, 0 where there is none."""
-        found = checkpoint.complete(self.folder / "checkpoints")
-        return checkpoint.step_of(found[-1]) if found else 0
+        return tiers.last_saved(self.plan, self.folder)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from conf.errors import Refused
 from conf.plan import Plan
 from conf.record import Record
-from real import checkpoint, huggingface
+from real import checkpoint, huggingface, tiers
 from real.cluster import rank
 from real.trainer import Trainer
 
@@ -18,7 +18,7 @@ STAGE = "pretrain"
 
 def resume(plan: Plan, trainer: Trainer, folder: Path, source: Path | None, record: Record) -> int:
     """Load the newest checkpoint of this plan, else what the run is to start from; returns the steps that it holds."""
-    found = led(lambda: checkpoint.newest(folder / "checkpoints", plan) or _elsewhere(plan, source))
+    found = led(lambda: tiers.newest(plan, folder) or _elsewhere(plan, source))
     if found is None:
         return 0
     path, step, passed_over = found
@@ -31,7 +31,7 @@ def resume(plan: Plan, trainer: Trainer, folder: Path, source: Path | None, reco
     if rank() == 0:
         for reason in passed_over:
             print(f"passed over: {reason}", flush=True)
-        print(f"resumed from {path.name}" if path.parent.parent == folder else f"started from {path}", flush=True)
+        print(f"resumed from {path.name}" if source is None or path.parent.parent == folder else f"started from {path}", flush=True)
     return step
 
 

@@ -49,7 +49,7 @@ def tiers(plan: Plan, rates: Rates, stride: float) -> list[Tier]:
         write = size / plan.cluster.nodes / plan.cluster.local_bandwidth
         found.append(Tier("local", c.local_every, *((copy, write) if c.asynchronous else (write, 0.0)), write))
     if c.memory_every:
-        send = size / ranks / (plan.cluster.nic_bandwidth / 8)
+        send = size / ranks / (plan.cluster.nic_bandwidth / 8) if plan.cluster.nodes > 1 else copy
         found.append(Tier("memory", c.memory_every, copy, send, send))
     return found
 

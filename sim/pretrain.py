@@ -123,7 +123,7 @@ class Pretraining:
         self.together = True
         saved = self._warned(cause)
         bad = spoilt(self.plan.checkpoint.spoilt, fault.luck)
-        load = self.checkpoints.remote.load if saved else self._back(held(cause), stop.before, bad=bad)
+        load = self.checkpoints.remote.load if saved else self._back(held(cause, self.plan.cluster.nodes), stop.before, bad=bad)
         self.ahead = [*saved, *down, *raised(failures, fault.luck, self.init, load, known=stop.found or cause.planned or cause.notice > 0)]
 
     def _count_fall(self, cause: str) -> None:
@@ -158,7 +158,7 @@ class Pretraining:
         while self.spike <= self.step:
             self.spike = next(self.spikes, math.inf)
         self._settle()
-        load = self._back(held(None), step=self.step - self.plan.failures.spikes.rewind)
+        load = self._back(held(None, self.plan.cluster.nodes), step=self.step - self.plan.failures.spikes.rewind)
         self.world.event(STAGE, "rollback", self.step)
         self.ahead = [("init", self.init.mean)] + ([] if load is None else [("load", load)])
 

@@ -69,9 +69,9 @@ def spoilt(share: float, luck: Luck) -> int:
     return bad
 
 
-def held(cause: Cause | None) -> set[str]:
+def held(cause: Cause | None, servers: int) -> set[str]:
     """Tiers whose copies live through a fault: a server's own disk goes with the server, memory with its neighbour too."""
     tiers = {"remote"}
     if cause is None or cause.per == "job":
         return tiers | {"local", "memory"}
-    return tiers | ({"memory"} if cause.blast == 1 else set())
+    return tiers | ({"memory"} if cause.blast == 1 and servers > 1 else set())

@@ -301,3 +301,15 @@ def test_one_clear_line(words, part):
         load([*PLAN, "data.path=corpus", *words])
     (line,) = refused.value.problems
     assert part in line
+
+
+def test_the_newest_copy_of_any_tier_is_taken(prepared, tmp_path, unbroken):
+    """A copy in memory every 2 steps: at most 2 are lost; where it is spoilt, the one on disk; at the end nothing stays in memory."""
+    tier = "checkpoint.memory_every=2"
+    run = Lived(prepared, tmp_path / "a", tier, script("kill rank=1 step=12", "kill rank=0 step=16")).live()
+    assert run.same_as(unbroken) and run.adds_up() and not list(Path("/dev/shm").glob(f"foretold-{run.plan.id}"))
+    assert [back["step"] for back in run.events("restart")[::2]] == [10, 14]
+    both = script("alter rank=0 step=14", "kill rank=1 step=15")
+    run = Lived(prepared, tmp_path / "b", tier, "checkpoint.every=6", both).live()
+    assert run.same_as(unbroken) and run.events("restart")[-1]["step"] == 12
+    assert "/dev/shm/" in run.events("restart")[-1]["passed_over"][0]
