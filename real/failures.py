@@ -5,6 +5,7 @@ with the supervisor and lets the causes of failures.causes strike at moments dra
 asks for that. Each writes an event before it strikes: a fault that was planned and left no event did not fire.
 """
 
+import heapq
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -148,43 +150,44 @@ def fired(folder: Path) -> Iterator[int]:
 
 
 class Strike(NamedTuple):
-    at: float  # on the run's clock
+    at: float  # after the start of pre-training
     name: str
     cause: Cause
     rank: int
 
 
 def strikes(plan: Plan, seed: int) -> Iterator[Strike]:
-    """When each cause strikes, and whom: a Poisson process, or for a Weibull shape other than 1 renewals of the whole job."""
-    dice = np.random.default_rng([seed, 11])
-    ahead = {name: _gap(plan, cause, dice) for name, cause in plan.failures.causes.items()}
-    while ahead:
-        name = min(ahead, key=ahead.__getitem__)
-        cause = plan.failures.causes[name]
-        yield Strike(ahead[name], name, cause, int(dice.integers(plan.ranks)))
-        ahead[name] += _gap(plan, cause, dice)
+    """When each cause strikes, and whom; for causes without memory at the moments at which it strikes in `sim`, from the same seed."""
+    each = (_strikes(plan, name, seed) for name in sorted(plan.failures.causes))
+    return heapq.merge(*each, key=lambda strike: strike.at)
 
 
-def _gap(plan: Plan, cause: Cause, dice: np.random.Generator) -> float:
-    units = {"job": 1, "node": plan.cluster.nodes, "gpu": plan.ranks, "switch": plan.cluster.nodes}[cause.per]
-    scale = 1 / (cause.rate * units * math.gamma(1 + 1 / cause.shape))
-    return float(scale * dice.weibull(cause.shape))
+def _strikes(plan: Plan, name: str, seed: int) -> Iterator[Strike]:
+    """A Poisson process, or for a Weibull shape other than 1 renewals of the whole job."""
+    cause, cluster = plan.failures.causes[name], plan.cluster
+    when, where = (np.random.default_rng([seed, crc32(name.encode()), part]) for part in (0, 2))
+    units = {"job": 1, "node": cluster.servers, "gpu": cluster.servers * cluster.gpus_per_node, "switch": cluster.servers / cause.blast}
+    mean, at = 1 / (cause.rate * units[cause.per]), 0.0
+    while True:
+        gap = when.exponential(mean) if cause.shape == 1 else when.weibull(cause.shape) * mean / math.gamma(1 + 1 / cause.shape)
+        at += float(gap)
+        yield Strike(at, name, cause, int(where.integers(plan.ranks)))
 
 
 class Storm:
     """The strikes of one run, in their order; those of an earlier attempt at it are over."""
 
-    def __init__(self, plan: Plan, record: Record) -> None:
-        self.plan, self.record = plan, record
+    def __init__(self, plan: Plan, record: Record, began: float) -> None:
+        self.record, self.began = record, began
         self.coming = strikes(plan, plan.seed) if plan.failures.inject else iter(())
         self.next = next(self.coming, None)
-        while self.next and self.next.at < record.now():
+        while self.next and began + self.next.at < record.now():
             self.next = next(self.coming, None)
 
     def blow(self, crew: Crew) -> None:
         """Let strike what is due; what finds no rank at work is over."""
         pulse = crew.pulse
-        while self.next and self.next.at <= self.record.now():
+        while self.next and self.began + self.next.at <= self.record.now():
             strike, self.next = self.next, next(self.coming, None)
             rank = strike.rank % pulse.ranks
             if rank in crew.ended() or not pulse[rank].beats:

@@ -45,7 +45,8 @@ class Supervisor:
 
     def __init__(self, plan: Plan, folder: Path, record: Record, say: Callable[[str], None]) -> None:
         self.plan, self.folder, self.record, self.say = plan, folder, record, say
-        self.storm = Storm(plan, record)
+        starts = (event["at"] for event in read(folder, "events") if (event["stage"], event["event"]) == (STAGE, "start"))
+        self.storm = Storm(plan, record, min(starts, default=record.now()))
         self.away: dict[int, float] = {}  # devices left out, and when they are back
         self.blamed: Counter[int] = Counter()  # failures of each device since the last new checkpoint
         self.in_a_row, self.saved = 0, self._newest()
