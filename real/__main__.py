@@ -12,11 +12,12 @@ from typing import Any
 
 from conf.arithmetic import parameters
 from conf.errors import Refused, nearest
+from conf.files import write
 from conf.plan import Plan
 from conf.program import explain, flag, load, run, split
 from conf.record import read_summary
 from conf.units import show
-from real.heartbeat import Stopped
+from real.heartbeat import STOPPED, Stopped
 from real.life import DATA, STAGES, Life
 
 USAGE = """
@@ -47,7 +48,7 @@ OPTIONS = {
     "json": ("false", "print summary.json and nothing else"),
 }
 MEASURES = ("kernels", "network")
-STOPPED = 75  # exit status of a run that SIGTERM or SIGUSR1 ended after a save: EX_TEMPFAIL of sysexits.h, "try again later"
+AGAIN = 75  # exit status of a run that SIGTERM or SIGUSR1 ended after a save: EX_TEMPFAIL of sysexits.h, "try again later"
 
 
 def main(args: list[str]) -> int:
@@ -90,7 +91,10 @@ def _main(args: list[str]) -> int:
         except (KeyboardInterrupt, Stopped) as why:
             words = shlex.join(["foretold", "real", *again])
             print(f"\nstopped; the record so far is in {folder}; go on with: {words}", file=sys.stderr)
-            return 130 if isinstance(why, KeyboardInterrupt) else STOPPED
+            if isinstance(why, KeyboardInterrupt):
+                return 130
+            write(folder / STOPPED, words)
+            return AGAIN
         _result(plan, told, folder, again)
     if quiet:
         print((folder / "summary.json").read_text())
@@ -186,6 +190,7 @@ def _dry(plan: Plan, home: Path, quiet: bool) -> int:
 def _run(plan: Plan, folder: Path, only: Sequence[str], source: Path | None, traced: tuple[int, int] | None) -> dict[str, Any]:
     """The stages, in the order of a life."""
     _announce(plan, folder)
+    (folder / STOPPED).unlink(missing_ok=True)
     life = Life(plan, folder, _say, source, traced)
     if set(only) & set(DATA):
         life.data([name for name in DATA if name in only])

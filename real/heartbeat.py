@@ -17,6 +17,9 @@ ORDERS = ("slow", "until", "flip")  # played faults: times as slow, until when; 
 PATIENT = ("init", "load", "evaluate", "checkpoint", "idle")  # states that may last longer than a part of a step
 
 
+STOPPED = "stopped"  # a file of a run's folder that says the same
+
+
 class Stopped(Exception):
     """The run ended because a signal asked it to; it can go on."""
 

@@ -17,6 +17,7 @@ from conf.files import write
 from conf.plan import Plan
 from conf.program import to_yaml
 from conf.record import read_summary
+from real.heartbeat import STOPPED
 
 WAYS = ("no", "script", "submit")
 MARGIN = 1.2  # the time limit over the time foretold
@@ -31,6 +32,7 @@ SCRIPT = """\
 {gpus}
 {time}
 #SBATCH --requeue
+#SBATCH --signal=TERM@{grace}
 #SBATCH --chdir={here}
 #SBATCH --output={log}
 #SBATCH --open-mode=append
@@ -46,6 +48,11 @@ srun --kill-on-bad-exit=1 {python} -m torch.distributed.run \\
   --nnodes="$SLURM_NNODES" --nproc-per-node={ranks} \\
   --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \\
   -m real {arguments}
+status=$?
+
+# Slurm's signal came before the end, and the run has saved: into the queue again, to go on from there.
+if [ -e {stopped} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit $status
 """
 
 
@@ -88,7 +95,8 @@ def script(plan: Plan, home: Path, options: Mapping[str, str]) -> str:
         id=plan.id, nodes=plan.cluster.nodes, ranks=ranks,
         cores=plan.cluster.cores_per_node if on_gpus else max(ranks, plan.cluster.cores_per_node),
         gpus=f"#SBATCH --gpus-per-node={ranks}" if on_gpus else "# no GPUs: a rank is a CPU core",
-        time=_limit(plan, home), here=shlex.quote(str(Path.cwd())), log=shlex.quote(f"{home}/slurm-%j.log"),
+        grace=math.ceil(plan.failures.grace), stopped=shlex.quote(str(home / "real" / STOPPED)), time=_limit(plan, home),
+        here=shlex.quote(str(Path.cwd())), log=shlex.quote(f"{home}/slurm-%j.log"),
         python=shlex.quote(sys.executable), arguments=shlex.join(words),
     )  # fmt: skip
 

@@ -91,15 +91,14 @@ def campaign(first: int, count: int, folder: Path) -> int:
             found = [f"lost: {error}"]
         fired, falls, back = run.events("injected"), run.events("failure"), run.events("restart")
         spans = [min(b["at"] for b in back if b["at"] > f["at"]) - f["at"] for f in falls if any(b["at"] > f["at"] for b in back)]
-        totals.update(
-            runs=1, planned=len(entries), fired=len(fired), falls=len(falls), hangs=sum("no progress" in f["cause"] for f in falls)
-        )
+        hangs = sum("no progress" in fall["cause"] for fall in falls)
+        totals.update(runs=1, planned=len(entries), fired=len(fired), falls=len(falls), hangs=hangs)
         bad += bool(found)
-        slowest = f"{max(spans, default=0):.2f} s"
-        print(f"{seed:5} {mesh:9} {saves:7} {len(fired):6} {len(falls):5} {slowest:>9} {time.monotonic() - began:7.1f}  "
-              + ("; ".join(found[:2]) + f"; replay with seed={seed} runs=1: {entries}" if found else "–"), flush=True)  # fmt: skip
-    print(f"{totals['runs']} runs, {totals['fired']} of {totals['planned']} faults fired, {totals['falls']} falls ({totals['hangs']} hangs), "
-          f"{bad} runs in which something does not hold")  # fmt: skip
+        slowest, took = f"{max(spans, default=0):.2f} s", time.monotonic() - began
+        what = "; ".join(found[:2]) + f"; replay with seed={seed} runs=1: {entries}" if found else "–"
+        print(f"{seed:5} {mesh:9} {saves:7} {len(fired):6} {len(falls):5} {slowest:>9} {took:7.1f}  {what}", flush=True)
+    print(f"{totals['runs']} runs, {totals['fired']} of {totals['planned']} faults fired, {totals['falls']} falls")
+    print(f"({totals['hangs']} hangs), {bad} runs in which something does not hold")
     return bad
 
 

@@ -63,6 +63,17 @@ def test_two_servers_give_the_same_losses_as_one(tiny, tmp_path):
     assert two["run.interruptions"]["value"] == 0
 
 
+@pytest.mark.slow
+def test_torchrun_starts_killed_ranks_again(tiny, tmp_path):
+    """Its agent keeps one table through all restarts; the losses are those of an undisturbed run."""
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "-m", "real"]
+    kills = "failures.script=['kill rank=1 step=5','kill rank=0 step=7 phase=saving']"
+    for name, words in (("killed", [kills, "checkpoint.every=2"]), ("whole", ["checkpoint.every=2"])):
+        done = subprocess.run([*ranks, f"runs={tmp_path / name}", *tiny, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert set(losses(tmp_path / "killed")) == set(losses(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize(
     ("count", "ranks", "args", "part"),
     [

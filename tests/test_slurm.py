@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,17 +68,39 @@ def test_the_script_is_the_plan(foretold, tmp_path):
         "#SBATCH --cpus-per-task=2",
         "#SBATCH --time=0-01:12:00",
         "#SBATCH --requeue",
+        "#SBATCH --signal=TERM@60",
         f"#SBATCH --chdir={tmp_path}",
         f"#SBATCH --output={home}/slurm-%j.log",
         "#SBATCH --open-mode=append",
     ]
     assert "##SBATCH --partition=NAME" in lines and "##SBATCH --account=NAME" in lines
-    assert lines[-4:] == [
+    assert lines[-9:-5] == [
         f"srun --kill-on-bad-exit=1 {sys.executable} -m torch.distributed.run \\",
         '  --nnodes="$SLURM_NNODES" --nproc-per-node=2 \\',
         '  --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \\',
         f"  -m real plan={home}/plan.yaml runs={home.parent}",
     ]
+
+
+@pytest.mark.slow
+def test_a_job_that_slurm_signals_saves_and_is_queued_again(tiny, tmp_path, slurm):
+    """SIGTERM to every process of the job's step, as --signal=TERM@60 does near the end of its time."""
+    requeued = tmp_path / "requeued"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(scontrol.read_text() + f'[ "$1" = requeue ] && echo "$2" > {requeued}\n')
+    words = [f"runs={tmp_path / 'runs'}", "cluster.nodes=2", "cluster.gpus_per_node=1", *tiny, "train.steps=100000", "slurm=submit"]
+    job = subprocess.Popen([sys.executable, "-m", "real", *words], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("runs/*/real/checkpoints/step-*/manifest.json")) and job.poll() is None:
+        time.sleep(0.05)
+    for agent in subprocess.run(
+        ["pgrep", "-s", str(job.pid), "-f", "distributed.run"], capture_output=True, text=True, check=True
+    ).stdout.split():
+        os.kill(int(agent), signal.SIGTERM)
+    job.communicate(timeout=90)
+    (home,) = tmp_path.glob("runs/*")
+    assert requeued.read_text() == "4242\n", (home / "slurm-4242.log").read_text()[-3000:]
+    steps = [row["step"] for row in read(home / "real", "ledger") if row["quantity"] == "loss"]
+    assert (home / "real" / "checkpoints" / f"step-{max(steps):08}").is_dir()
 
 
 def test_gpus_and_the_time_foretold(foretold, tmp_path):
