@@ -98,7 +98,7 @@ def _interleaved(overrides: list[str], run: Path, pairs: int = 150) -> list[str]
     adam = torch.optim.AdamW(model.parameters(), betas=(plan.train.beta1, plan.train.beta2), eps=plan.train.epsilon, fused=True)
 
     def kept(step: int) -> None:
-        loss, norm = trainer.step(step)
+        loss, norm, _ = trainer.step(step)
         seconds = pretrain.book(record, timeline, step + 1)
         pretrain.tell(plan, record, step + 1, seconds, loss, norm)
         progress.step(step + 1, loss, seconds)
@@ -165,7 +165,7 @@ def _beside(overrides: list[str], run: Path, rounds: int = 8, steps: int = 25) -
     def run_ours() -> None:
         for step in range(steps):
             began = time.perf_counter()
-            loss, norm = ours.step(step)
+            loss, norm, _ = ours.step(step)
             pretrain.tell(plan, record, step + 1, pretrain.book(record, timeline, step + 1), loss, norm)
             record.flush()
             times["ours"].append(time.perf_counter() - began)

@@ -13,11 +13,12 @@ ARROWS = {"conf": set(), "sim": {"conf"}, "real": {"conf"}, "analysis": {"conf",
 HOMES = {"simpy": {"sim"}, "torch": {"real"}, "matplotlib": {"analysis"}, "hydra": {"conf"}, "omegaconf": {"conf"}}
 # Modules without a twin; ARCHITECTURE.md says why for each.
 ALONE = {
-    "sim": {"failures", "story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
-            "room", "recovery", "storm", "replica", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
+    "sim": {"story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
+            "room", "storm", "replica", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
-        "attention", "bigram", "data", "dry", "fp8", "huggingface", "initial", "layers", "loss", "measure", "model", "moe",
-        "muon", "optim", "pipeline", "progress", "slurm", "stage", "trainer",
+        "attention", "bigram", "data", "dry", "fp8", "heartbeat", "huggingface", "initial", "integrity", "layers", "loss", "measure",
+        "model", "moe", "muon", "optim", "pipeline", "profile", "progress", "resume", "slurm", "stability", "stage", "straggler",
+        "tiers", "trainer",
     },
 }  # fmt: skip
 

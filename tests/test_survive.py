@@ -32,14 +32,12 @@ def unbroken(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Lived:
 @pytest.mark.parametrize(
     "entries",
     [
-        ("kill rank=1 step=10 phase=forward",),
         ("kill rank=0 step=11 phase=backward", "kill rank=1 step=14 phase=optimizer"),
         ("kill rank=1 step=12 phase=saving", "kill rank=0 step=16 phase=sealing", "kill rank=0 step=20 phase=saved"),
-        ("exit rank=1 step=9 phase=communication",),
-        ("broken rank=0 step=8",),
-        ("clock rank=1 step=5 seconds=3600", "clock rank=0 step=6 seconds=-3600"),
-        ("slowdisk rank=1 step=8 seconds=0.3",),
-        ("kill rank=1 step=10", "kill rank=0 step=10 phase=load"),
+        pytest.param(("kill rank=1 step=10 phase=forward", "exit rank=1 step=19 phase=communication"), marks=pytest.mark.slow),
+        pytest.param(("broken rank=0 step=8", "slowdisk rank=1 step=12 seconds=0.3"), marks=pytest.mark.slow),
+        pytest.param(("clock rank=1 step=5 seconds=3600", "clock rank=0 step=6 seconds=-3600"), marks=pytest.mark.slow),
+        pytest.param(("kill rank=1 step=10", "kill rank=0 step=10 phase=load"), marks=pytest.mark.slow),
     ],
 )
 def test_killed_anywhere_it_ends_with_the_same_bits(prepared, tmp_path, unbroken, entries):
@@ -56,6 +54,7 @@ def test_killed_anywhere_it_ends_with_the_same_bits(prepared, tmp_path, unbroken
         assert set(seen) == set(unbroken.losses()[step])
 
 
+@pytest.mark.slow
 def test_who_hangs_is_named_and_replaced(prepared, tmp_path, unbroken):
     """Row 3: a stopped process, and one that sleeps inside a collective, within the timeout and one look."""
     run = Lived(prepared, tmp_path, script("stop rank=0 step=10", "sleep rank=1 step=19 seconds=600")).live()
@@ -65,6 +64,7 @@ def test_who_hangs_is_named_and_replaced(prepared, tmp_path, unbroken):
         assert seen["by"] == "timeout" and 1.0 <= seen["at"] - fault["at"] < 1.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_stop_it_saves_and_goes_on(prepared, tmp_path, unbroken, which):
     """Row 2: no step is lost."""
@@ -78,6 +78,7 @@ def test_asked_to_stop_it_saves_and_goes_on(prepared, tmp_path, unbroken, which)
     assert run.events("restart")[-1]["step"] == done and all(len(seen) == 1 for seen in run.losses().values())
 
 
+@pytest.mark.slow
 def test_the_exit_status_tells_that_it_can_go_on(corpus, tmp_path):
     """75, EX_TEMPFAIL, and the command that goes on."""
     words = [*PLAN, "train.steps=100000", f"data.path={corpus}", f"runs={tmp_path}"]
@@ -99,6 +100,7 @@ def test_a_step_that_is_no_number_leaves_no_trace(prepared, tmp_path):
     assert all(torch.isfinite(tensor.float()).all() for tensor in run.weights().values())
 
 
+@pytest.mark.slow
 def test_a_dropped_step_is_dropped_again(prepared, tmp_path):
     """After a kill the same ground is walked the same way."""
     words = ("failures.spikes.answer=skip",)
@@ -107,6 +109,7 @@ def test_a_dropped_step_is_dropped_again(prepared, tmp_path):
     assert again.same_as(once) and [s["step"] for s in again.events("spike")] == [10, 10]
 
 
+@pytest.mark.slow
 def test_a_rollback_passes_over_data(prepared, tmp_path, unbroken):
     """Back to step 8, then other data: the losses before are the same, those after differ, and the mean is no worse."""
     rule = ["failures.spikes.answer=rollback", "failures.spikes.rewind=2", "failures.spikes.skip=5"]
@@ -117,6 +120,7 @@ def test_a_rollback_passes_over_data(prepared, tmp_path, unbroken):
     assert len(seen) == STEPS
 
 
+@pytest.mark.slow
 def test_a_bit_that_turns_is_found_and_undone(prepared, tmp_path):
     """Row 5: within the steps between two looks, and the run ends with the bits of one in which nothing turned."""
     words = ("mesh.dp_replicate=2", "failures.verify_every=3")
@@ -127,7 +131,7 @@ def test_a_bit_that_turns_is_found_and_undone(prepared, tmp_path):
     assert run.same_as(sound) and run.adds_up()
 
 
-@pytest.mark.parametrize("how", ["truncate", "alter", "remove"])
+@pytest.mark.parametrize("how", ["alter", *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncate", "remove"))])
 def test_a_spoilt_checkpoint_is_passed_over(prepared, tmp_path, unbroken, how):
     """Row 6: the one before is taken, and the reason told."""
     run = Lived(prepared, tmp_path, script(f"{how} rank=0 step=12", "kill rank=1 step=14")).live()
@@ -135,6 +139,7 @@ def test_a_spoilt_checkpoint_is_passed_over(prepared, tmp_path, unbroken, how):
     assert back["step"] == 8 and "step-00000012" in back["passed_over"][0] and run.same_as(unbroken)
 
 
+@pytest.mark.slow
 def test_no_sound_checkpoint_names_them_all(prepared, tmp_path):
     entries = [f"alter rank=0 step={step}" for step in (4, 8, 12)]
     with pytest.raises(Refused) as refused:
@@ -142,6 +147,7 @@ def test_no_sound_checkpoint_names_them_all(prepared, tmp_path):
     assert len(refused.value.problems) == 3 and all("its digest differs" in line for line in refused.value.problems)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_it_with_the_old_checkpoint_intact(prepared, tmp_path, unbroken):
     """Row 7; with space again the same command ends with the same bits."""
     run = Lived(prepared, tmp_path, script("full rank=1 step=8"))
@@ -150,6 +156,7 @@ def test_a_full_disk_ends_it_with_the_old_checkpoint_intact(prepared, tmp_path, 
     assert run.live().same_as(unbroken) and run.events("restart")[-1]["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named(prepared, tmp_path):
     """Row 9."""
     run = Lived(prepared, tmp_path, script("slow rank=1 step=6 steps=40 factor=3"), "train.steps=40").live()
@@ -157,6 +164,7 @@ def test_a_slow_rank_is_named(prepared, tmp_path):
     assert slow["culprit"] == 1 and 6 <= slow["step"] <= 26 and slow["factor"] > 1.4 and slow["cost"] > 0
 
 
+@pytest.mark.slow
 def test_it_shrinks_and_grows_again(prepared, tmp_path):
     """Row 13: 4 → 2 → 4 ranks with the same batches; a rank that flaps is left out until it is repaired."""
     four = ("cluster.gpus_per_node=4", "train.micro_batch=1", "train.steps=60")
@@ -171,6 +179,7 @@ def test_it_shrinks_and_grows_again(prepared, tmp_path):
     assert max(abs(seen[step][-1] - usual[step][0]) for step in usual) < 2e-3  # the same samples, summed in another order
 
 
+@pytest.mark.slow
 def test_who_fails_for_good_ends_it(prepared, tmp_path):
     """Row 14: after failures.retries, with the step from which it goes on."""
     with pytest.raises(Refused) as refused:
@@ -181,12 +190,14 @@ def test_who_fails_for_good_ends_it(prepared, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_too_few_devices_for_any_mesh(prepared, tmp_path):
     rule = ("failures.without_spare=shrink", "failures.quarantine=1", "mesh.tp=2")
     with pytest.raises(Refused, match=r"1 of 2 devices are left, and no mesh of that many ranks is legal for tp 2"):
         Lived(prepared, tmp_path, script("kill rank=1 step=10"), *rule).live()
 
 
+@pytest.mark.slow
 def test_without_whoever_started_them_ranks_end(corpus, tmp_path):
     """Row 12: the table in which ranks find each other dies with its process, and so do they; the same command goes on."""
     words = [*PLAN, "train.steps=100000", f"data.path={corpus}", f"runs={tmp_path}"]
@@ -236,6 +247,7 @@ def test_one_clear_line(words, part):
     assert part in line
 
 
+@pytest.mark.slow
 def test_the_newest_copy_of_any_tier_is_taken(prepared, tmp_path, unbroken):
     """A copy in memory every 2 steps: at most 2 are lost; where it is spoilt, the one on disk; at the end nothing stays in memory."""
     tier = "checkpoint.memory_every=2"
