@@ -37,7 +37,7 @@ def go_on(plan: Plan, folder: Path, source: Path | None) -> None:
     trainer = Trainer(plan, Stream(plan), Timeline())  # type: ignore[arg-type]
     if source:
         checkpoint.load(source, trainer.parts, trainer.optimizer, SAVED)
-    told = [trainer.step(step) for step in (range(SAVED, STEPS) if source else range(SAVED))]
+    told = [trainer.step(step)[:2] for step in (range(SAVED, STEPS) if source else range(SAVED))]
     checkpoint.Writer(folder, plan).save(checkpoint.state(trainer.parts, trainer.optimizer), STEPS if source else SAVED)
     if trainer.axes is None or torch.distributed.get_rank() == 0:
         (folder / "told").write_text(json.dumps(told))

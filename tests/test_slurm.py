@@ -92,9 +92,8 @@ def test_a_job_that_slurm_signals_saves_and_is_queued_again(tiny, tmp_path, slur
     job = subprocess.Popen([sys.executable, "-m", "real", *words], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     while not list(tmp_path.glob("runs/*/real/checkpoints/step-*/manifest.json")) and job.poll() is None:
         time.sleep(0.05)
-    for agent in subprocess.run(
-        ["pgrep", "-s", str(job.pid), "-f", "distributed.run"], capture_output=True, text=True, check=True
-    ).stdout.split():
+    agents = ["pgrep", "-s", str(job.pid), "-f", f"^{sys.executable} -m torch.distributed.run"]
+    for agent in subprocess.run(agents, capture_output=True, text=True, check=True).stdout.split():
         os.kill(int(agent), signal.SIGTERM)
     job.communicate(timeout=90)
     (home,) = tmp_path.glob("runs/*")
