@@ -35,6 +35,7 @@ from real.tiers import tiers
 
 STAGE = "pretrain"
 INJECTED = "injected"
+SAVES = ("saving", "sealing", "saved")  # beside training these come when the step that they belong to is over
 LOADING = 0  # before the first step of a life: a load comes before any step, whichever it leads to
 
 
@@ -81,7 +82,8 @@ class Injector:
     def at(self, phase: str) -> None:
         """What the script says of this phase of this step."""
         for number, fault in self.mine:
-            if fault.phase == phase and self.step in (fault.step, LOADING) and self.struck[number] < fault.times:
+            due = self.step in (fault.step, LOADING) or (phase in SAVES and self.step > fault.step)
+            if fault.phase == phase and due and self.struck[number] < fault.times:
                 self.struck[number] += 1
                 self.record.event(STAGE, INJECTED, self.step, fault=fault.kind, entry=number, phase=phase)
                 self.record.flush()

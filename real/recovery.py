@@ -38,6 +38,7 @@ class Fall(NamedTuple):
     why: str
     fault: float
     seen: float
+    at_once: bool = False  # an error of its own, before any rank had done a step
 
 
 class Supervisor:
@@ -115,7 +116,8 @@ class Supervisor:
             raise refused
         ended = {number: status for number, status in crew.ended().items() if status}
         rank = min(ended, key=lambda number: (ended[number] >= 0, crew.pulse[number].at))
-        return Fall(rank, "exit", ending(ended[rank]), before, seen)
+        at_once = ended[rank] > 0 and not any(beat.work for beat in crew.pulse)
+        return Fall(rank, "exit", ending(ended[rank]), before, seen, at_once)
 
     def _still(self, crew: Crew) -> Fall | None:
         """The rank whose heart has stood still for too long, and that the others wait for.
@@ -172,6 +174,9 @@ class Supervisor:
             self.saved, self.in_a_row = newest, 0
             self.blamed.clear()
         self.in_a_row += 1
+        if fall.at_once and self.in_a_row > 1:
+            raise Refused(f"rank {fall.rank} ended with {fall.why} before its first step, twice: its output is above, and a third "
+                          "start would end the same way")  # fmt: skip
         if self.in_a_row > limits.retries:
             at = f"step {newest}" if newest else "the start"
             raise Refused(f"failures.retries={limits.retries}: the ranks failed {self.in_a_row} times in a row without a new checkpoint, "

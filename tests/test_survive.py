@@ -258,3 +258,10 @@ def test_the_newest_copy_of_any_tier_is_taken(prepared, tmp_path, unbroken):
     run = Lived(prepared, tmp_path / "b", tier, "checkpoint.every=6", both).live()
     assert run.same_as(unbroken) and run.events("restart")[-1]["step"] == 12
     assert "/dev/shm/" in run.events("restart")[-1]["passed_over"][0]
+
+
+@pytest.mark.slow
+def test_who_fails_at_once_is_tried_only_twice(prepared, tmp_path):
+    """An error before the first step is no accident of the machine."""
+    with pytest.raises(Refused, match="rank 1 ended with status 3 before its first step, twice"):
+        Lived(prepared, tmp_path, script("exit rank=1 step=1 times=9")).live()
