@@ -34,6 +34,7 @@ Work = Callable[..., Any]  # (plan, *arguments), on every rank
 CROWD = 8  # most ranks that share a core
 POLL = 0.05  # seconds between two looks at the ranks
 PEERS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")  # what gloo says of a lost rank
+LOST = 4  # exit status of such a rank
 LONG = timedelta(days=365)  # data stages of a large corpus take days
 
 
@@ -216,8 +217,8 @@ def _child(number: int, device: int, parent: int, port: int, plan: Plan, complai
     except Exception as error:
         if any(sign in str(error) for sign in PEERS):  # whoever fell first tells why
             print(f"rank {number} lost its peers", file=sys.stderr)
-        else:
-            traceback.print_exc()
+            sys.exit(LOST)
+        traceback.print_exc()
         sys.exit(1)
 
 

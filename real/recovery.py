@@ -21,7 +21,7 @@ from conf.record import STATES, Record, read
 from conf.rules import problems
 from conf.units import show
 from real import tiers
-from real.cluster import POLL, Crew, Work, ending
+from real.cluster import LOST, POLL, Crew, Work, ending
 from real.failures import INJECTED, Storm
 from real.heartbeat import PATIENT, Beat, Pulse, Stopped
 
@@ -106,7 +106,7 @@ class Supervisor:
             time.sleep(POLL)
 
     def _exited(self, crew: Crew, before: float) -> Fall:
-        """Of several that ended the one that a signal killed, else the one that beat longest ago: the others fell over it.
+        """Of several that ended the one that a signal killed, else one that erred, else the one that beat longest ago.
 
         Raises Refused with what a rank refused.
         """
@@ -115,8 +115,8 @@ class Supervisor:
         if refused := crew.refused():
             raise refused
         ended = {number: status for number, status in crew.ended().items() if status}
-        rank = min(ended, key=lambda number: (ended[number] >= 0, crew.pulse[number].at))
-        at_once = ended[rank] > 0 and not any(beat.work for beat in crew.pulse)
+        rank = min(ended, key=lambda number: (ended[number] == LOST, ended[number] > 0, crew.pulse[number].at))
+        at_once = 0 < ended[rank] != LOST and not any(beat.work for beat in crew.pulse)
         return Fall(rank, "exit", ending(ended[rank]), before, seen, at_once)
 
     def _still(self, crew: Crew) -> Fall | None:
