@@ -84,6 +84,9 @@ def _main(args: list[str]) -> int:
 
         return follow(plan)
     if fresh:
+        from real import tiers
+
+        tiers.release(plan, folder)
         shutil.rmtree(folder, ignore_errors=True)
     with _quiet(quiet):
         try:

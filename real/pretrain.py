@@ -123,12 +123,13 @@ class Training:
             if self.decision and self.decision.answer in ("rollback", "verify"):
                 self._back(self.decision.to)
                 continue
-            over = _over(plan, self.step, record.now() - self.start.began)
-            if self.held_out and _due(self.step, plan.train.evaluate_every, over):
+            last = _over(plan, self.step, record.now() - self.start.began)
+            if self.held_out and _due(self.step, plan.train.evaluate_every, last):
                 self._evaluate(self.held_out)
-            due = list(tiers.due(self.tiers, self.step, over or wish))
+            due = list(tiers.due(self.tiers, self.step, last or wish))
             if (due or _due(self.step, plan.failures.verify_every, False)) and not self._sound():
                 continue
+            over = last
             for tier in due:
                 self._save(tier)
             for tier, writer in self.writers.items():

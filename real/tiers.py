@@ -8,6 +8,7 @@ does not build.
 import shutil
 import tempfile
 from collections.abc import Iterator
+from hashlib import sha1
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +27,8 @@ class Tier(NamedTuple):
 
 
 def tiers(plan: Plan, folder: Path) -> list[Tier]:
-    """Those that a run in this folder has."""
-    rule, name = plan.checkpoint, f"foretold-{plan.id}"
+    """Those that a run in this folder has; what lies outside it carries the folder's digest, for a plan may run in two folders at once."""
+    rule, name = plan.checkpoint, f"foretold-{plan.id}-{sha1(str(folder.resolve()).encode()).hexdigest()[:8]}"
     memory = MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
     found = [Tier("memory", rule.memory_every, memory / name), Tier("local", rule.local_every, Path(tempfile.gettempdir()) / name)]
     return [*(tier for tier in found if tier.every), Tier(REMOTE, rule.every, folder / "checkpoints")]
@@ -66,7 +67,7 @@ def forget_after(plan: Plan, folder: Path, step: int) -> None:
 
 
 def release(plan: Plan, folder: Path) -> None:
-    """The run is done: memory and the server's disk are given back."""
+    """Give back memory and the server's disk: the run is done, or begins anew."""
     for tier in tiers(plan, folder):
         if tier.name != REMOTE:
             shutil.rmtree(tier.folder, ignore_errors=True)

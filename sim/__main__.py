@@ -206,7 +206,7 @@ def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
     for title, names in {**stages, **SHOWN}.items():
         known = [name for name in names if name in quantities]
         lines += ["", title] if known else []
-        lines += [f"  {_words(name):22} {_shown(quantities[name]):24}{_published(plan, name)}".rstrip() for name in known]
+        lines += [f"  {_words(name):22} {_shown(quantities[name]):21}   {_published(plan, name)}".rstrip() for name in known]
         lines += [_parts(quantities)] if "pretrain.peak_memory" in known else []
     lines += [f"  {name:22} {said}" for name, said in dated(plan).items()]
     return "\n".join([*lines, "", "where the time goes", *_where(quantities), *_struck(quantities)])

@@ -129,6 +129,8 @@ def test_a_bit_that_turns_is_found_and_undone(prepared, tmp_path):
     (found,) = run.events("corruption")
     assert 10 <= found["step"] <= 12 and run.events("rollback")[0]["step"] == 8
     assert run.same_as(sound) and run.adds_up()
+    late = Lived(prepared, tmp_path / "c", *words, script(f"flip rank=1 step={STEPS}")).live()  # found when all steps are done
+    assert late.same_as(sound) and len(late.losses()[STEPS]) == 2
 
 
 @pytest.mark.parametrize("how", ["alter", *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncate", "remove"))])
@@ -252,7 +254,7 @@ def test_the_newest_copy_of_any_tier_is_taken(prepared, tmp_path, unbroken):
     """A copy in memory every 2 steps: at most 2 are lost; where it is spoilt, the one on disk; at the end nothing stays in memory."""
     tier = "checkpoint.memory_every=2"
     run = Lived(prepared, tmp_path / "a", tier, script("kill rank=1 step=12", "kill rank=0 step=16")).live()
-    assert run.same_as(unbroken) and run.adds_up() and not list(Path("/dev/shm").glob(f"foretold-{run.plan.id}"))
+    assert run.same_as(unbroken) and run.adds_up() and not list(Path("/dev/shm").glob(f"foretold-{run.plan.id}-*"))
     assert [back["step"] for back in run.events("restart")[::2]] == [10, 14]
     both = script("alter rank=0 step=14", "kill rank=1 step=15")
     run = Lived(prepared, tmp_path / "b", tier, "checkpoint.every=6", both).live()
