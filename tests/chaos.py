@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.conftest import WORDS
-from tests.lived import STEPS, Lived, prepare, script
+from tests.lived import KEEP, STEPS, Lived, prepare, script
 
 EVERY = 4
 MESHES = {"fsdp": (), "ddp": ("mesh.dp_replicate=2",), "tensor": ("mesh.tp=2",), "pipeline": ("mesh.pp=2", "train.micro_batch=2")}
@@ -29,14 +29,18 @@ SPOILT = ("truncate", "alter")
 
 
 def faults(seed: int) -> list[str]:
-    """Five faults at five steps; those of a save strike where there is one."""
+    """Five faults at five steps; those of a save strike where there is one.
+
+    Checkpoints are spoilt from the second on and fewer than are kept: where no sound one is left a run is rightly refused.
+    """
     dice = random.Random(seed)
-    entries = []
+    entries: list[str] = []
     for step in sorted(dice.sample(range(2, STEPS), 5)):
         kind, rank = dice.choice(KINDS), dice.randrange(2)
+        kind = "kill" if kind in SPOILT and sum(entry.startswith(SPOILT) for entry in entries) == KEEP - 1 else kind
         phase = dice.choice(PHASES) if kind in ("kill", "exit") else ""
         saves = phase in PHASES[5:] or kind in (*SPOILT, "slowdisk", "broken")
-        at = max(EVERY, step // EVERY * EVERY) if saves else step
+        at = max(EVERY * (1 + (kind in SPOILT)), step // EVERY * EVERY) if saves else step
         rank = 0 if phase == "sealing" or kind in SPOILT else rank
         more = {"sleep": " seconds=600", "slow": " factor=3 steps=3", "clock": f" seconds={dice.choice((-3600, 3600))}",
                 "slowdisk": " seconds=0.2"}.get(kind, "")  # fmt: skip

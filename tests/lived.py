@@ -17,8 +17,8 @@ from real.life import Life
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]
-STEPS = 30
-PLAN = [*TINY, f"train.steps={STEPS}", "checkpoint.every=4", "checkpoint.keep=3", "train.evaluate_every=0", "failures.timeout=1 s",
+STEPS, KEEP = 30, 3
+PLAN = [*TINY, f"train.steps={STEPS}", "checkpoint.every=4", f"checkpoint.keep={KEEP}", "train.evaluate_every=0", "failures.timeout=1 s",
         "failures.backoff=10 ms", "failures.retries=4", "train.evaluate_sequences=0"]  # fmt: skip
 
 
