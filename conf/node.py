@@ -142,9 +142,13 @@ def _plain(annotation: Any, value: Any, key: str, problems: list[str]) -> Any:
     if unit:
         return _quantity(annotation, str(value))
     if origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError("expected a table, such as {name: value}")
         inner = get_args(annotation)[1]
-        return {str(k): build_value(inner, v, f"{key}.{k}", problems) for k, v in dict(value).items()}
+        return {str(k): build_value(inner, v, f"{key}.{k}", problems) for k, v in value.items()}
     if origin is list:
+        if not isinstance(value, list | tuple):
+            raise TypeError("expected a list, such as ['a','b']")
         return [build_value(get_args(annotation)[0], v, f"{key}[{i}]", problems) for i, v in enumerate(value)]
     if annotation is bool and not isinstance(value, bool):
         raise TypeError("expected true or false")

@@ -212,7 +212,22 @@ def _compose(overrides: Sequence[str]) -> Any:
                 return OmegaConf.to_container(config, resolve=True)
             except (HydraException, OmegaConfBaseException, ValueError) as error:
                 trouble = error
-    raise Refused(" ".join(str(trouble).split("\n")[0].split()))
+    raise Refused(*(_unreadable(safe) or [" ".join(str(trouble).split("\n")[0].split())]))
+
+
+def _unreadable(overrides: Sequence[str]) -> list[str]:
+    """Overrides that Hydra's grammar does not allow."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    found, parser = [], OverridesParser.create()
+    for arg in overrides:
+        try:
+            parser.parse_override(arg)
+        except HydraException:
+            cure = "text with blanks, commas or signs needs quotes of its own inside the shell's, as in \"key=['a b','c=1']\""
+            found.append(f"{arg} cannot be read; {cure}")
+    return found
 
 
 @cache

@@ -54,6 +54,8 @@ def read(entry: str) -> Fault:
         raise ValueError(f"{entry!r} names no fault; {nearest(kind, KINDS)}")
     phase, more = KINDS[kind]
     pairs = {name: value for name, _, value in (word.partition("=") for word in words)}
+    if len(pairs) < len(words):
+        raise ValueError(f"{entry!r} says something twice; say each once")
     for name in pairs:
         known = ("rank", "step", "phase", "times", *more)
         if name not in known:

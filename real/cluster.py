@@ -169,6 +169,9 @@ class Crew:
                 process.kill()
         for process in self.processes:
             process.join()
+        for stack in (_stack(self.complaint.parent, number) for number in range(len(self.processes))):
+            if stack.is_file() and not stack.stat().st_size:
+                stack.unlink()
         self.store = None
 
 
@@ -209,7 +212,7 @@ def _child(number: int, device: int, parent: int, port: int, plan: Plan, complai
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(device), "WORLD_SIZE": str(plan.ranks), "LOCAL_WORLD_SIZE": str(plan.ranks),
                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
     try:
-        _rank(plan, work, arguments)
+        _rank(plan, work, arguments, watched=True)
     except Refused as refused:
         if not complaint.is_file():
             write(complaint, json.dumps(refused.problems))
@@ -230,8 +233,8 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _rank(plan: Plan, work: Work, arguments: tuple[Any, ...]) -> Any:
-    """One rank's life: device, process group, work, tidy end."""
+def _rank(plan: Plan, work: Work, arguments: tuple[Any, ...], watched: bool = False) -> Any:
+    """One rank's life: device, process group, work, tidy end; `watched` by whoever started it."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # lines are flushed step by step: nothing is lost
     if plan.gpu.kind == "cpu":
         torch.set_num_threads(1)
@@ -241,7 +244,7 @@ def _rank(plan: Plan, work: Work, arguments: tuple[Any, ...]) -> Any:
         torch.set_float32_matmul_precision("high")
     if plan.ranks > 1 or plan.train.precision != "fp32":  # lower precision is FSDP's, on one rank too
         backend = "cpu:gloo,cuda:nccl" if plan.gpu.kind == "cuda" else "gloo"
-        patience = timedelta(seconds=2 * plan.failures.start_timeout)  # whoever watches the heartbeats is sooner
+        patience = timedelta(seconds=(2 if watched else 1) * plan.failures.start_timeout)  # whoever watches is sooner
         dist.init_process_group(backend, store=_store(), rank=rank(), world_size=plan.ranks, timeout=patience)
     told = work(plan, *arguments)
     if dist.is_initialized():

@@ -43,6 +43,8 @@ def one_line(err: str) -> str:
         (["sim", "failures.restart=replica"], "failures.restart=replica needs replicas of whole servers"),
         (["sim", "checkpoint.local_every=10"], "needs disks in the servers; set cluster.local_bandwidth, as in '10 GB/s'"),
         (["sim", "gpu.memory=80"], "gpu.memory: '80' has no unit; expected B, as in '80 B'"),
+        (["sim", "failures.script=[kill rank=0 step=3]"], "cannot be read; text with blanks, commas or signs needs quotes of its own"),
+        (["sim", "failures.script=kill"], "failures.script='kill': expected a list, such as ['a','b']"),
         (["sim", "--help", "gpus"], "gpus is no group; did you mean gpu?"),
         (["real", "only=extrct"], "only=extrct is no stage; did you mean extract?"),
         (["real", "model.positions=alibi"], "model.positions=alibi: real cannot execute it, sim predicts it"),

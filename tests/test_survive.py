@@ -237,6 +237,7 @@ def test_strikes_follow_their_law():
         ((script("kill rank=1 step=31"),), "names step 31, the plan has steps 1 to 30"),
         ((script("kill rank=1 step=3 phase=lunch"),), "phase=lunch is no part of a step; it is one of"),
         ((script("kil rank=1 step=3"),), "names no fault; did you mean kill?"),
+        ((script("kill rank=1 step=3 rank=0"),), "says something twice"),
         (("failures.retries=0",), "failures.retries=0"),
         (("failures.verify_every=3",), "mesh.dp_replicate=1 makes none; set mesh.dp_replicate=2"),
         (("failures.spikes.answer=rollback", "failures.spikes.skip=5"), "failures.spikes.skip=5 ends before the spike"),
