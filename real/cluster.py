@@ -34,7 +34,9 @@ Work = Callable[..., Any]  # (plan, *arguments), on every rank
 CROWD = 8  # most ranks that share a core
 POLL = 0.05  # seconds between two looks at the ranks
 PEERS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")  # what gloo says of a lost rank
+SILENT = "Timed out waiting"  # and of one that it hears nothing from
 LOST = 4  # exit status of such a rank
+ASKING = timedelta(seconds=10)  # for an answer from the others when something is wrong
 LONG = timedelta(days=365)  # data stages of a large corpus take days
 
 
@@ -79,13 +81,24 @@ def together(life: Callable[[], int]) -> int:
     status = 2
     try:
         status = life()
-    except Exception:
-        if _store().add("trouble", 1) == 1:
+    except Exception as error:
+        if _first_in_trouble():
+            if any(sign in str(error) for sign in (*PEERS, SILENT)):
+                cure = "where torchrun does not start the ranks again, the same command goes on from the last checkpoint"
+                raise Refused(f"rank {rank()} lost its peers ({str(error).rpartition('] ')[2]}); {cure}") from error
             raise
     finally:
         if rank() == 0:
             _give(status)
     return status
+
+
+def _first_in_trouble() -> bool:
+    """Whether no other rank has told of trouble; so too where the others cannot be asked."""
+    try:
+        return _store(ASKING).add("trouble", 1) == 1
+    except RuntimeError:
+        return True
 
 
 def follow(plan: Plan) -> int:
@@ -108,9 +121,9 @@ def _give(what: int | tuple[Work, tuple[Any, ...]]) -> None:
     store.set(f"work {store.add('given', 1)}", pickle.dumps(what))
 
 
-def _store() -> dist.Store:
+def _store(patience: timedelta = timedelta(minutes=5)) -> dist.Store:
     """The table of names and values in which ranks find each other; torchrun's agent keeps one through all its restarts."""
-    store, _, _ = next(rendezvous("env://"))
+    store, _, _ = next(rendezvous("env://", timeout=patience))
     return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
