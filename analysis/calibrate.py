@@ -8,7 +8,7 @@ import csv
 import json
 import platform
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,11 @@ def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, fl
     parameters = {"launch": Parameter(launch, "s")}
     report = {}
     size = 2 if plan.train.half else 4
-    if "storage.write" in groups:
-        written = groups.pop("storage.write")
-        parameters["storage_write"] = Parameter(
-            float(np.median([int(r["bytes"]) / float(r["time_us"]) * 1e6 for r in written])) * plan.ranks, "B/s"
-        )
+    for kind, way in (("save", "write"), ("load", "read")):
+        if rows := groups.pop(f"storage.{kind}", []):
+            parts = [[1.0] * len(rows), [float(r["m"]) for r in rows], [float(r["bytes"]) for r in rows]]
+            (start, tensor, byte), report[f"storage.{kind}"] = lines(parts, [float(r["time_us"]) * 1e-6 for r in rows])
+            parameters |= {f"{kind}_start": _as(start, "s"), f"{kind}_tensor": _as(tensor, "s"), f"storage_{way}": _inverse(byte, "B/s")}
     blocks = groups.pop("block.forward", []) + groups.pop("block.backward", [])
     updates = groups.pop("optimizer.step", [])
     if updates:
@@ -190,18 +190,25 @@ def roofline(flops: Iterable[float], traffic: Iterable[float], base: NDArray[Any
 
 def line(hops: Iterable[float], share: Iterable[float], seconds: Iterable[float]) -> tuple[tuple[Estimate, Estimate], float]:
     """Seconds a hop and a byte of a collective."""
+    (hop, byte), error = lines([list(hops), list(share)], seconds)
+    return (hop, byte), error
+
+
+def lines(parts: Sequence[Sequence[float]], seconds: Iterable[float]) -> tuple[list[Estimate], float]:
+    """What one of each part takes, the parts together making the times; and the median error in percent."""
     from scipy.optimize import least_squares
 
-    h, b, t = (np.array(list(v), float) for v in (hops, share, seconds))
-    start = np.log([max(t.min() / h.max(), 1e-9), (t / b)[np.argmax(b)]])
+    units, t = np.array(parts, float), np.array(list(seconds), float)
+    first = max(t.min() / units[0].max(), 1e-9)
+    start = np.log([first, *((t / unit)[np.argmax(unit)] / (len(units) - 1) for unit in units[1:])])
 
     def misses(x: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray(np.log((h * np.exp(x[0]) + b * np.exp(x[1])) / t))
+        return np.asarray(np.log(np.exp(x) @ units / t))
 
     best = least_squares(misses, start, loss="soft_l1", f_scale=0.1)
     spread = _spread(best, len(t))
-    first, second = ((float(np.exp(x)), float(np.exp(x) * s)) for x, s in zip(best.x, spread, strict=True))
-    return (first, second), float(np.median(np.abs(np.expm1(misses(best.x)))) * 100)
+    found = [(float(np.exp(x)), float(np.exp(x) * s)) for x, s in zip(best.x, spread, strict=True)]
+    return found, float(np.median(np.abs(np.expm1(misses(best.x)))) * 100)
 
 
 def _spread(best: Any, rows: int) -> NDArray[Any]:

@@ -135,6 +135,16 @@ def state_bytes(model: Any) -> Any:
     return 3 * FP32 * parameters(model)
 
 
+def tensors(model: Any) -> Any:
+    """Parameter tensors of a dense model: nine a block, the last norm and the tables."""
+    return 9 * model.layers + 3 - model.tied
+
+
+def state_tensors(model: Any) -> Any:
+    """Tensors in a checkpoint: each parameter and its two moments."""
+    return 3 * tensors(model)
+
+
 def recomputes(share: float, index: int) -> bool:
     """Whether a block is one of those that recompute: an even spread, so that pipeline stages have the same share.
 

@@ -4,14 +4,11 @@ Each operation is the model's own code on tensors of many sizes, forward and bac
 cores share caches and memory. Nothing is fitted here.
 """
 
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +36,7 @@ class Operation:
     inputs: tuple[Tensor, ...]
 
 
-def rows(plan: Plan, folder: Path) -> Iterator[Row]:
+def rows(plan: Plan) -> Iterator[Row]:
     """One row an operation, size and stage."""
     where = device(plan)
     dtype = torch.bfloat16 if plan.train.half else torch.float32
@@ -49,10 +46,9 @@ def rows(plan: Plan, folder: Path) -> Iterator[Row]:
         yield from _timed(operation, plan, cuda)
     yield from _blocks(plan, where, dtype, scale)
     yield from _optimizer(plan, where, scale)
-    yield from _storage(plan, folder)
 
 
-def _row(plan: Plan, op: str, stage: str, shape: dict[str, int], seconds: float) -> Row:
+def row(plan: Plan, op: str, stage: str, shape: dict[str, int], seconds: float) -> Row:
     base = {"gpu": plan.gpu.name, "precision": plan.train.precision, "ranks": plan.ranks, "op": op, "stage": stage}
     return base | {name: shape.get(name) for name in COLUMNS} | {"time_us": seconds * 1e6}
 
@@ -138,14 +134,14 @@ def _timed(operation: Operation, plan: Plan, cuda: bool) -> Iterator[Row]:
         copies.append(tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in operation.inputs))
     turns = cycle(copies)
     with torch.no_grad():
-        yield _row(plan, operation.op, "forward", operation.shape, best(lambda: operation.forward(*next(turns)), cuda))
+        yield row(plan, operation.op, "forward", operation.shape, best(lambda: operation.forward(*next(turns)), cuda))
     graphs = []
     for inputs in copies:
         out = operation.forward(*inputs)
         graphs.append((out, [t for t in inputs if t.requires_grad], out.detach().clone()))
     again = cycle(graphs)
     seconds = best(lambda: torch.autograd.grad(*next(again), retain_graph=True), cuda)
-    yield _row(plan, operation.op, "backward", operation.shape, seconds)
+    yield row(plan, operation.op, "backward", operation.shape, seconds)
 
 
 def best(work: Callable[[], Any], cuda: bool = False, budget: float = 0.025) -> float:
@@ -195,7 +191,7 @@ def _blocks(plan: Plan, where: torch.device, dtype: torch.dtype, scale: int) -> 
             block.zero_grad(set_to_none=True)
         for stage, seconds in times.items():
             typical = statistics.fmean(seconds[2:])
-            yield _row(plan, "block", stage, shape, typical) | {"cv": statistics.stdev(seconds[2:]) / typical}
+            yield row(plan, "block", stage, shape, typical) | {"cv": statistics.stdev(seconds[2:]) / typical}
 
 
 def _plain(model: Model) -> Model:
@@ -225,23 +221,4 @@ def _optimizer(plan: Plan, where: torch.device, scale: int) -> Iterator[Row]:
             adam.step()
 
         numbers = sum(weight.numel() for weight in weights)
-        yield _row(plan, "optimizer", "step", {"m": count, "k": numbers}, best(step, where.type == "cuda", 0.1))
-
-
-def _storage(plan: Plan, folder: Path) -> Iterator[Row]:
-    """A checkpoint's write: bytes, flush to the disk, digest read back."""
-    from real.stage import sha256
-
-    for size in (8_000_000, 32_000_000):
-        data = os.urandom(size)
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            path = Path(file.name)
-
-            def write(path: Path = path, data: bytes = data) -> None:
-                with path.open("wb") as out:
-                    out.write(data)
-                    out.flush()
-                    os.fsync(out.fileno())
-                sha256(path)
-
-            yield _row(plan, "storage", "write", {"bytes": size}, best(write, budget=0.1))
+        yield row(plan, "optimizer", "step", {"m": count, "k": numbers}, best(step, where.type == "cuda", 0.1))

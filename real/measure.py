@@ -12,9 +12,13 @@ import torch.distributed as dist
 from conf.files import write
 from conf.plan import Plan
 from conf.record import Record
-from real import kernels, network
+from real import kernels, network, optim, storage
 from real.cluster import rank
 from real.heartbeat import clock
+from real.parallel import Axes
+from real.pipeline import stages_of
+from real.timeline import Timeline
+from real.trainer import filled
 
 ROUNDS = 2
 
@@ -22,12 +26,20 @@ ROUNDS = 2
 def measure(plan: Plan, folder: Path, names: tuple[str, ...], epoch: float, launched: float) -> None:
     """Time on all ranks at once; the first rank writes the mean over the ranks."""
     record = Record(folder, rank(), began=clock(plan) - epoch)
+    _built(plan)
     record.observe("measure", "init", record.now() - launched)
     record.flush()
     if "kernels" in names:
-        _save(folder / "kernels.csv", [list(kernels.rows(plan, folder)) for _ in range(ROUNDS)], "operations")
+        _save(folder / "kernels.csv", [[*kernels.rows(plan), *storage.rows(plan, folder)] for _ in range(ROUNDS)], "operations")
     if "network" in names:
         _save(folder / "network.csv", [list(network.rows(plan)) for _ in range(ROUNDS)], "collectives")
+
+
+def _built(plan: Plan) -> None:
+    """What the start of a training builds before its first step: model, initial weights, optimizer."""
+    axes = Axes(plan) if dist.is_initialized() else None
+    stages = stages_of(plan, axes.pp.rank) if axes and axes.pp else [None]
+    optim.Optimizer(filled(plan, axes, Timeline(plan.gpu.kind == "cuda"), stages), plan.train)
 
 
 def _save(path: Path, mine: list[list[dict[str, Any]]], what: str) -> None:

@@ -1,7 +1,7 @@
 """What trains: this rank's parts of the model, their optimizer and their data, for any mesh."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,16 @@ def laid_out(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stage: 
     return model
 
 
+def filled(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stages: Sequence[int | None]) -> list[Decoder]:
+    """This rank's parts of the model with their initial weights."""
+    parts = [laid_out(plan, axes, timeline, stage) for stage in stages]
+    for part in parts:
+        part.to_empty(device=device(plan))
+        part.tie()
+        initialise(part, plan.seed)
+    return parts
+
+
 class Trainer:
     """This rank's parts of the model, their optimizer and their data."""
 
@@ -65,11 +75,7 @@ class Trainer:
         self.tp = self.axes.tp if self.axes else None
         self.pipeline: Pipeline | None = None
         stages = stages_of(plan, self.axes.pp.rank) if self.axes and self.axes.pp else [None]
-        self.parts = [laid_out(plan, self.axes, timeline, stage) for stage in stages]
-        for part in self.parts:
-            part.to_empty(device=self.device)
-            part.tie()
-            initialise(part, plan.seed)
+        self.parts = filled(plan, self.axes, timeline, stages)
         if self.axes and self.axes.pp:
             self.pipeline = Pipeline(self.parts, plan, self.axes.pp, self.device, timeline, self._loss)
         self.optimizer = optim.Optimizer(self.parts, plan.train)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from conf.arithmetic import state_bytes
+from conf.arithmetic import state_bytes, state_tensors
 from conf.errors import Refused
 from conf.plan import Plan
 from conf.units import show
@@ -42,16 +42,32 @@ def tiers(plan: Plan, rates: Rates, stride: float) -> list[Tier]:
     size, ranks, c = float(state_bytes(plan.model)), plan.ranks, plan.checkpoint
     copy = size / ranks / plan.gpu.snapshot  # every rank copies its share
     reading = min(0.99, plan.tokens_per_step * TOKEN / stride / rates.storage_read)
-    write = size / rates.storage_write
+    write, fixed, back = save(plan, rates), _fixed(plan, rates.save_start, rates.save_tensor), load(plan, rates)
     block, later = (copy, write / (1 - reading)) if c.asynchronous else (write, 0.0)
-    found = [Tier("remote", c.every, block, later, size / rates.storage_read)]
+    found = [Tier("remote", c.every, block, later, back)]
+    begin = back - size / rates.storage_read  # of any load
     if c.local_every and plan.cluster.local_bandwidth:
-        write = size / plan.cluster.nodes / plan.cluster.local_bandwidth
-        found.append(Tier("local", c.local_every, *((copy, write) if c.asynchronous else (write, 0.0)), write))
+        move = size / plan.cluster.nodes / plan.cluster.local_bandwidth
+        found.append(Tier("local", c.local_every, *((copy, fixed + move) if c.asynchronous else (fixed + move, 0.0)), begin + move))
     if c.memory_every:
         send = size / ranks / (plan.cluster.nic_bandwidth / 8) if plan.cluster.nodes > 1 else copy
-        found.append(Tier("memory", c.memory_every, copy, send, send))
+        block, later = (copy, fixed + send) if c.asynchronous else (copy + fixed, send)
+        found.append(Tier("memory", c.memory_every, block, later, begin + send))
     return found
+
+
+def save(plan: Plan, rates: Rates) -> float:
+    """Seconds that the storage takes to write a checkpoint: a constant, something for each tensor, and its bytes."""
+    return _fixed(plan, rates.save_start, rates.save_tensor) + float(state_bytes(plan.model)) / rates.storage_write
+
+
+def load(plan: Plan, rates: Rates) -> float:
+    """Seconds that all ranks together take to verify and read one."""
+    return _fixed(plan, rates.load_start, rates.load_tensor) + float(state_bytes(plan.model)) / rates.storage_read
+
+
+def _fixed(plan: Plan, start: float, tensor: float) -> float:
+    return start + tensor * float(state_tensors(plan.model))
 
 
 class Checkpoints:

@@ -6,11 +6,11 @@ same work (`clocks.py` tells the two apart).
 
 from collections.abc import Iterator, Sequence
 
-from conf.arithmetic import state_bytes
 from conf.errors import Refused
 from conf.plan import Limit, Plan
 from conf.rules import problems
 from conf.units import show
+from sim.checkpoint import load, save
 from sim.clocks import Feed, Stretch
 from sim.grid import HOUR, Shift, full_hour, shifted
 from sim.kernels import Rates, rates
@@ -43,8 +43,7 @@ def feed_of(plan: Plan, step: Pace, meter: Meter, speed: Rates | None = None) ->
 
 def _overhead(plan: Plan, speed: Rates) -> dict[str, float]:
     """Seconds that a pause costs: saving before, starting and loading after it."""
-    size = float(state_bytes(plan.model))
-    return {"checkpoint": size / speed.storage_write, "init": speed.init, "load": size / speed.storage_read}
+    return {"checkpoint": save(plan, speed), "init": speed.init, "load": load(plan, speed)}
 
 
 def _paused(start: float, stop: float, back: dict[str, float]) -> list[Stretch]:

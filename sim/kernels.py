@@ -93,6 +93,10 @@ class Rates:
     encode_rate: float
     storage_write: float
     storage_read: float
+    save_start: float  # s that a save takes whatever it holds,
+    save_tensor: float  # and for each tensor in it
+    load_start: float  # the same of a load
+    load_tensor: float
     init: float  # s to start the ranks
     workers: float  # s to start the workers of the data stages
 
@@ -164,6 +168,7 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         encode_rate=pick("encode_rate", plan.tokenizer.encode_rate),
         storage_write=pick("storage_write", plan.cluster.storage_write),
         storage_read=pick("storage_read", plan.cluster.storage_read),
+        **{name: pick(name, 0.0) for name in ("save_start", "save_tensor", "load_start", "load_tensor")},
         init=pick("init", plan.failures.init.mean),
         workers=pick("workers", 0.5 * plan.failures.init.mean),
     )
