@@ -263,7 +263,7 @@ class Training:
                 record.observe(STAGE, "energy", joules, step)
             if self.held_out and plan.samples(step) * plan.train.seq_len <= BASELINE_TOKENS:
                 self.timeline.enter("evaluate")
-                loss = bigram.held_out_loss(_seen(trainer, step), self.held_out.sequences, plan.model.vocab)
+                loss = bigram.held_out_loss(self._seen(step), self.held_out.sequences, plan.model.vocab)
                 record.observe(STAGE, "bigram_bits_per_byte", self.held_out.bits_per_byte(loss), step)
             tiers.release(self.whole, self.start.folder)
         self.timeline.enter("idle")
@@ -271,6 +271,13 @@ class Training:
             dist.barrier()
         book(record, self.timeline, None)
         record.event(STAGE, "end", step)
+
+    def _seen(self, steps: int) -> Iterator[np.ndarray]:
+        """The sequences of so many steps, with a beat of the heart at each."""
+        batches = self.trainer.batches
+        for i in range(self.plan.samples(steps)):
+            self.pulse.beat(rank(), "evaluate")
+            yield batches.tokens.window(batches.order[i])
 
 
 def _alone(plan: Plan) -> Pulse:
@@ -328,8 +335,3 @@ def _bars(record: Record, seconds: float, states: dict[str, float], step: int) -
     for state, value in states.items():
         record.span(state, start, start + value, STAGE, step)
         start += value
-
-
-def _seen(trainer: Trainer, steps: int) -> Iterator[np.ndarray]:
-    batches = trainer.batches
-    return (batches.tokens.window(batches.order[i]) for i in range(trainer.plan.samples(steps)))

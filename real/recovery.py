@@ -129,7 +129,8 @@ class Supervisor:
         starting = any(beat.work == 0 for beat in beats.values())  # somebody has not done a step yet
 
         def late(beat: Beat) -> bool:
-            patient = starting or beat.state in PATIENT
+            compiling = beat.state == "evaluate" and self.plan.train.compile
+            patient = starting or beat.state in PATIENT or compiling
             return now - beat.at > (limits.start_timeout if patient else limits.timeout.mean)
 
         if not any(map(late, beats.values())):

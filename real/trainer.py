@@ -159,6 +159,7 @@ class Trainer:
         mine, size = windows[self.batches.dp_rank :: plan.dp], plan.train.micro_batch
         told = torch.zeros(2, device=self.device, dtype=torch.float64)  # loss, targets
         for start in range(0, len(mine), size):
+            self.timeline.enter("evaluate")
             batch = self._share(batch_of(tokens, mine[start : start + size], plan.train.document_mask)).to(self.device)
             run = self.pipeline.forward if self.pipeline else self.parts[0]
             logits = run(batch.inputs, batch.documents)
