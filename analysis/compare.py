@@ -113,6 +113,24 @@ def unaccounted(pair: Pair) -> list[str]:
     return said
 
 
+def stragglers(pair: Pair) -> list[str]:
+    """What keeping each slow rank costs to the end of the plan: a share of every step, in time and at the plan's price."""
+    side, steps = pair.real, pair.plan.train.steps
+    events = [e for e in side.events if e["event"] == "straggler"] if side else []
+    said = []
+    for event in events:
+        told, at = json.loads(event["detail"]), int(event["step"])
+        who = f"Rank {told['culprit']} was slow by step {at}, {told['factor']:.1f} times the work of the others"
+        text = f"{who}: steps {told['cost']:.0%} longer"
+        step = next((s for s in (pair.sim and pair.sim.value(_STEP), side and side.value(_STEP)) if s), None)
+        if steps and step and told["cost"] > 0:
+            seconds = (steps - at) * step * told["cost"]
+            dollars = seconds * pair.plan.ranks / 3600 * pair.plan.price.gpu_hours[pair.plan.gpu.name].mid
+            text += f"; kept for the {steps - at:,} that followed it costs {show(seconds, 's')} and {show(dollars, 'USD')}"
+        said.append(text + ".")
+    return said
+
+
 def verdict(pair: Pair) -> str:
     """Whether a step took as long as foretold, in one sentence."""
     row = next((row for row in quantities(pair) if row.name == _STEP), Row(_STEP, "s", None, None, None, None))
@@ -197,7 +215,7 @@ def as_text(pair: Pair) -> str:
     parts = [*head, "", *columns(told), ""]
     if states(pair):
         parts += [*columns(_spent(pair)), ""]
-    return "\n".join([*parts, verdict(pair), *filter(None, [learning(pair)]), *unaccounted(pair)])
+    return "\n".join([*parts, verdict(pair), *filter(None, [learning(pair)]), *stragglers(pair), *unaccounted(pair)])
 
 
 def _spent(pair: Pair) -> list[tuple[str, ...]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from analysis.compare import Row, learning, quantities, sentence, show_ratio, signed, states, sums, unaccounted, verdict, when
+from analysis.compare import Row, learning, quantities, sentence, show_ratio, signed, states, stragglers, sums, unaccounted, verdict, when
 from analysis.figures import figures
 from analysis.page import Html, document, join, key, table, tag
 from analysis.pair import Pair, open_pair
@@ -92,7 +92,7 @@ def _comparison(pair: Pair) -> Iterator[Html]:
         rows = [(s.name, show(s.predicted, "s"), show(s.measured, "s"), signed(s.difference), f"{s.share:.1%}") for s in found]
         rows += [(name, show(predicted, "s"), show(measured, "s"), "", "") for name, predicted, measured in sums(pair)]
         yield table(("State", "Predicted", "Measured", "Difference", "Share of the run"), rows, sums=2)
-        yield from (tag("p", said, class_="soft") for said in unaccounted(pair))
+        yield from (tag("p", said, class_="soft") for said in (*stragglers(pair), *unaccounted(pair)))
 
 
 def _line(row: Row) -> tuple[str, ...]:

@@ -374,7 +374,7 @@ class Failures(Node):
     detect: Lasting = say("time to notice that a process has ended", must=NOT_NEGATIVE)
     heartbeat: Optional[Lasting] = say("time to notice that heartbeats stay away; null = as detect", None, must=NOT_NEGATIVE)
     timeout: Lasting = say("time after which a hanging collective is given up (torch's NCCL: 10 min)", "10 min", must=NOT_NEGATIVE)
-    start_timeout: Seconds = say("real: time after which a start with its first step, a load, an evaluation or a save is given up",
+    start_timeout: Seconds = say("real: time after which a start with its first step, a load or a save is given up",
                                  "30 min", must=POSITIVE)  # fmt: skip
     grace: Seconds = say("real: time to save and end after SIGTERM or SIGUSR1, before the ranks are killed", "1 min", must=POSITIVE)
     retries: int = say("real: restarts in a row without a new checkpoint before the run gives up", 10, must=POSITIVE)

@@ -233,17 +233,28 @@ def load(path: Path, parts: Sequence[Decoder], optimizer: Optimizer, step: int) 
 
     Raises Refused when the checkpoint is of another model: it lists what differs.
     """
+
+    def reading(wanted: dict[str, Tensor]) -> None:
+        there = shapes(path)
+        wrong = [
+            f"{name}: {there.get(name, 'absent')} in the checkpoint, {tuple(tensor.shape)} in the plan"
+            for name, tensor in wanted.items()
+            if there.get(name) != tuple(tensor.shape)
+        ]
+        if wrong:
+            shown = [line for line in wrong if line.startswith("model.")][:8] or wrong[:8]
+            said = f"{path} is of another model or optimizer, {len(wrong)} tensors differ; start from one of the plan's model"
+            raise Refused(said, *shown)
+        read(wanted, path)
+
+    restore(parts, optimizer, step, reading)
+
+
+def restore(parts: Sequence[Decoder], optimizer: Optimizer, step: int, reading: Callable[[dict[str, Tensor]], None]) -> None:
+    """Let `reading` fill model and optimizer as they are after so many steps."""
     optimizer.begin()
-    wanted, there = state(parts, optimizer), shapes(path)
-    wrong = [
-        f"{name}: {there.get(name, 'absent')} in the checkpoint, {tuple(tensor.shape)} in the plan"
-        for name, tensor in wanted.items()
-        if there.get(name) != tuple(tensor.shape)
-    ]
-    if wrong:
-        shown = [line for line in wrong if line.startswith("model.")][:8] or wrong[:8]
-        raise Refused(f"{path} is of another model or optimizer, {len(wrong)} tensors differ; start from one of the plan's model", *shown)
-    read(wanted, path)
+    wanted = state(parts, optimizer)
+    reading(wanted)
     for name, _, moments in optimizer.state():  # what is kept in 8 bits was read beside them
         for key, value in moments.items():
             if hasattr(value, "codes"):

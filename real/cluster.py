@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def together(life: Callable[[], int]) -> int:
 def _first_in_trouble() -> bool:
     """Whether no other rank has told of trouble; so too where the others cannot be asked."""
     try:
-        return _store(ASKING).add("trouble", 1) == 1
+        table = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=ASKING)
+        return _of_this_start(table).add("trouble", 1) == 1
     except RuntimeError:
         return True
 
@@ -121,10 +123,18 @@ def _give(what: int | tuple[Work, tuple[Any, ...]]) -> None:
     store.set(f"work {store.add('given', 1)}", pickle.dumps(what))
 
 
-def _store(patience: timedelta = timedelta(minutes=5)) -> dist.Store:
-    """The table of names and values in which ranks find each other; torchrun's agent keeps one through all its restarts."""
-    store, _, _ = next(rendezvous("env://", timeout=patience))
-    return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+@cache
+def _store() -> dist.Store:
+    """The table of names and values in which ranks find each other."""
+    store, _, _ = next(rendezvous("env://"))
+    return _of_this_start(store)
+
+
+def _of_this_start(store: dist.Store) -> dist.Store:
+    """Torchrun's agent keeps one table through all its restarts; told not to share it, each start has its own, and restarts are
+    counted differently by servers that came later."""
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if kept else ''}", store)
 
 
 class Crew:

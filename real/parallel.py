@@ -59,8 +59,6 @@ def _unbuilt(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _unbuilt_model(plan: Plan) -> Iterator[tuple[str, str]]:
     model, precision = plan.model, plan.train.precision
-    if plan.checkpoint.memory_every and plan.cluster.nodes > 1:
-        yield f"checkpoint.memory_every={plan.checkpoint.memory_every} on several servers", "set checkpoint.memory_every=0"
     if plan.gpu.kind == "tpu":
         yield "gpu.kind=tpu", "choose a gpu of kind cpu or cuda, for example gpu=cpu_core"
     if precision in ("fp16", "fp4"):

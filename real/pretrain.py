@@ -20,6 +20,7 @@ from conf.plan import Plan
 from conf.record import Record
 from conf.units import show
 from real import bigram, checkpoint, optim, parallel, tiers
+from real.buddy import Buddy
 from real.cluster import rank
 from real.data import Order, Tokens, refuse_small, training
 from real.failures import Injector
@@ -29,7 +30,7 @@ from real.memory import Gauge
 from real.power import meter
 from real.profile import Watched
 from real.progress import Progress
-from real.resume import led, resume
+from real.resume import fill, led, newest, resume
 from real.stability import Decision, Guard
 from real.straggler import Scores
 from real.timeline import Timeline
@@ -97,12 +98,18 @@ class Training:
         self.trainer = Trainer(plan, tokens, self.timeline, order)
         self.injector.attach(self.trainer.parts, self.trainer.optimizer.named)
         self.whole, self.tiers = whole, tiers.tiers(whole, start.folder)
-        self.writers = {tier: checkpoint.Writer(tier.folder, whole, self.injector.at) for tier in self.tiers}
+        self.writers: dict[tiers.Tier, checkpoint.Writer | Buddy] = {
+            tier: checkpoint.Writer(tier.folder, whole, self.injector.at) for tier in self.tiers
+        }
+        self.buddy: Buddy | None = None
+        if whole.cluster.nodes > 1 and self.tiers[0].name == "memory":
+            run = led(lambda: tiers.run_of(start.folder))
+            self.buddy = self.writers[self.tiers[0]] = Buddy(self.tiers[0].folder, whole, run, self.injector.at)
         self.guard = led(lambda: Guard(whole, start.folder))
         self.trainer.batches.passed_over = self.guard.samples
         self.scores = Scores(plan.ranks, plan.mesh.pp) if start.pulse and rank() == 0 else None
         self.watched = Watched(start.traced, start.folder, cuda)
-        self.step = resume(whole, self.trainer, start.folder, start.source, record)
+        self.step = resume(whole, self.trainer, start.folder, start.source, record, self.buddy)
         self.decision: Decision | None = None
         self.progress: Progress | None = None
 
@@ -202,14 +209,15 @@ class Training:
     def _back(self, most: int) -> None:
         """To the newest checkpoint of at most so many steps; what was saved after it belongs to a history that was given up."""
         self._settle()
-        found = led(lambda: tiers.newest(self.whole, self.start.folder, most))
-        if found is None:
+        copy = newest(self.whole, self.start.folder, self.buddy, most)
+        if copy is None:
             raise Refused(f"step {self.step} must be undone, and there is no checkpoint of step {most} or before; "
                           "lower checkpoint.every or failures.spikes.rewind, or raise checkpoint.keep")  # fmt: skip
-        path, step, _ = found
-        with self.timeline.during("load"):
-            checkpoint.load(path, self.trainer.parts, self.trainer.optimizer, step)
+        step = copy.step
+        fill(copy, self.whole, self.trainer, self.buddy)
         led(lambda: tiers.forget_after(self.whole, self.start.folder, step))
+        if self.buddy:
+            self.buddy.forget_after(step)
         self.start = replace(self.start, furthest=max(self.start.furthest, self.step))
         self.step = step
         self.trainer.batches.rewind()
@@ -265,6 +273,7 @@ class Training:
                 self.timeline.enter("evaluate")
                 loss = bigram.held_out_loss(self._seen(step), self.held_out.sequences, plan.model.vocab)
                 record.observe(STAGE, "bigram_bits_per_byte", self.held_out.bits_per_byte(loss), step)
+        if rank() % plan.cluster.gpus_per_node == 0:
             tiers.release(self.whole, self.start.folder)
         self.timeline.enter("idle")
         if dist.is_initialized():

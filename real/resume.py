@@ -1,8 +1,9 @@
 """Where a run goes on: its own newest checkpoint, else another run's, or a model of another program."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -10,29 +11,56 @@ from conf.errors import Refused
 from conf.plan import Plan
 from conf.record import Record
 from real import checkpoint, huggingface, tiers
+from real.buddy import Buddy
 from real.cluster import rank
 from real.trainer import Trainer
 
 STAGE = "pretrain"
 
 
-def resume(plan: Plan, trainer: Trainer, folder: Path, source: Path | None, record: Record) -> int:
-    """Load the newest checkpoint of this plan, else what the run is to start from; returns the steps that it holds."""
-    found = led(lambda: tiers.newest(plan, folder) or _elsewhere(plan, source))
-    if found is None:
-        return 0
-    path, step, passed_over = found
+class Copy(NamedTuple):
+    """A state that a run can go on from."""
+
+    name: str
+    step: int
+    passed_over: list[str]  # newer ones that cannot be trusted, each with its reason
+    path: Path | None = None  # on disk; None = in the memory of the servers
+    givers: tuple[int, ...] = ()  # there: who gives each rank its shards
+
+
+def newest(plan: Plan, folder: Path, buddy: Buddy | None, most: float = math.inf, source: Path | None = None) -> Copy | None:
+    """The newest sound copy of any tier, of at most so many steps; else what another run, or another program, has left."""
+    found = led(lambda: tiers.newest(plan, folder, most) or _elsewhere(plan, source))
+    near = buddy.newest(most) if buddy else None
+    if near and (found is None or near[0] >= found[1]):
+        return Copy(f"memory, step {near[0]}", near[0], [], None, tuple(near[1]))
+    return Copy(found[0].name, found[1], found[2], found[0]) if found else None
+
+
+def fill(copy: Copy, plan: Plan, trainer: Trainer, buddy: Buddy | None) -> None:
+    """Model and optimizer from a copy."""
     with trainer.timeline.during("load"):
-        if path.name.startswith("step-"):
-            checkpoint.load(path, trainer.parts, trainer.optimizer, step)
-        else:
-            huggingface.load(path, plan.model, trainer.parts)
-    record.event(STAGE, "restart", step, checkpoint=path.name, passed_over=passed_over)
+        if copy.path is None and buddy is not None:
+            checkpoint.restore(trainer.parts, trainer.optimizer, copy.step, lambda into: buddy.load(into, copy.step, copy.givers))
+        elif copy.path is not None and copy.path.name.startswith("step-"):
+            checkpoint.load(copy.path, trainer.parts, trainer.optimizer, copy.step)
+        elif copy.path is not None:
+            huggingface.load(copy.path, plan.model, trainer.parts)
+
+
+def resume(plan: Plan, trainer: Trainer, folder: Path, source: Path | None, record: Record, buddy: Buddy | None = None) -> int:
+    """Load the newest copy of this plan, else what the run is to start from; returns the steps that it holds."""
+    copy = newest(plan, folder, buddy, source=source)
+    if copy is None:
+        return 0
+    fill(copy, plan, trainer, buddy)
+    record.event(STAGE, "restart", copy.step, checkpoint=copy.name, passed_over=copy.passed_over)
     if rank() == 0:
-        for reason in passed_over:
+        for reason in copy.passed_over:
             print(f"passed over: {reason}", flush=True)
-        print(f"resumed from {path.name}" if source is None or path.parent.parent == folder else f"started from {path}", flush=True)
-    return step
+        elsewhere = copy.path and source and copy.path.parent.parent != folder
+        print(f"started from {copy.path}" if elsewhere else f"resumed from {copy.name}", flush=True)
+    return copy.step
 
 
 def _elsewhere(plan: Plan, source: Path | None) -> tuple[Path, int, list[str]] | None:

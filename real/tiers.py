@@ -1,8 +1,7 @@
 """Where a run's checkpoints lie: in memory, on this server's disk, in the run's folder; whichever whole one is newest is taken.
 
 A copy in memory is a file that the kernel keeps there (/dev/shm): it outlives the ranks and the process that watches them, not the
-server. So one server has all three; on several, a copy would have to go to a neighbour, which `sim` predicts and this
-does not build.
+server. On several servers each rank's shards go to a neighbour too (`buddy.py`).
 """
 
 import shutil
@@ -11,8 +10,10 @@ from collections.abc import Iterator
 from hashlib import sha1
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 from conf.errors import Refused
+from conf.files import write
 from conf.plan import Plan
 from real import checkpoint
 
@@ -51,6 +52,14 @@ def newest(plan: Plan, folder: Path, most: float = float("inf")) -> tuple[Path, 
     if reasons:
         raise Refused(*(f"{reason}; delete it to start without it" for reason in reasons))
     return None
+
+
+def run_of(folder: Path) -> str:
+    """A name of the run in this folder that no earlier one had: what another server still holds of that is not taken for this one's."""
+    path = folder / "run"
+    if not path.is_file():
+        write(path, uuid4().hex)
+    return path.read_text()
 
 
 def last_saved(plan: Plan, folder: Path) -> int:

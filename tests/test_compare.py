@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from analysis import plot
-from analysis.compare import STAGES, columns, large, learning, quantities, sentence, states, unaccounted, verdict
+from analysis.compare import STAGES, columns, large, learning, quantities, sentence, states, stragglers, unaccounted, verdict
 from analysis.figures import figures
 from analysis.pair import open_pair
 from analysis.report import page
@@ -119,6 +119,15 @@ def test_states_add_up_to_ranks_times_wall_clock(both: Path) -> None:
     assert found["init"].measured == 0
     assert sum(s.share for s in found.values()) == pytest.approx(1)
     assert unaccounted(pair) == []
+
+
+def test_keeping_a_slow_rank_has_a_price(both: Path, plan: Plan) -> None:
+    record = Record(both / plan.id / "real", rank=0)
+    record.event("pretrain", "straggler", 4, culprit=1, factor=1.8, cost=0.5)
+    record.flush()
+    (said,) = stragglers(open_pair(str(both), ""))  # 4 more steps of 1 s, as foretold
+    assert said.startswith("Rank 1 was slow by step 4, 1.8 times the work of the others: steps 50% longer; kept for the 4 that followed")
+    assert "costs 2 s and" in said
 
 
 def test_time_in_no_state_is_said(runs: Path, plan: Plan) -> None:

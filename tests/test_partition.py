@@ -1,4 +1,4 @@
-"""Two servers in network namespaces of their own, and the cable between them: slow, lossy, cut. Row 11 of the matrix.
+"""Two servers in namespaces of their own: the cable between them slow, lossy, cut (row 11 of the matrix), and one of them lost.
 
 Needs root and `ip`. The kernel's token bucket makes the delay (a slow link with a queue) and the loss (a queue that overflows).
 """
@@ -6,6 +6,7 @@ Needs root and `ip`. The kernel's token bucket makes the delay (a slow link with
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -62,20 +63,37 @@ class Job:
     """One torchrun agent with one rank at each end."""
 
     def __init__(self, cable: list[str], corpus: Path, runs: Path, *words: str) -> None:
-        self.runs = runs
-        meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "cut", "--rdzv-backend", "c10d", "--max-restarts", "1",
+        self.cable, self.runs = cable, runs
+        meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "cut", "--rdzv-backend", "c10d", "--max-restarts", "3",
                    "--rdzv-endpoint", f"{ENDS[0]}:29517", "--rdzv-conf"]  # fmt: skip
         plan = [*PLAN, "cluster.nodes=2", "cluster.gpus_per_node=1", f"train.steps={STEPS}", f"data.path={corpus}", f"runs={runs}", *words]
-        self.agents = [
-            subprocess.Popen(
-                ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *meeting,
-                 f"is_host={name == cable[0]},join_timeout=20,read_timeout=10", "--local-addr", address,
-                 "-m", "real", *plan],
-                cwd=ROOT, env=os.environ | {"GLOO_SOCKET_IFNAME": name, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True,
-            )
-            for name, address in zip(cable, ENDS, strict=True)
-        ]  # fmt: skip
+        self.meeting, self.plan = meeting, plan
+        self.agents = [self.agent(end) for end in (0, 1)]
+
+    def agent(self, end: int) -> subprocess.Popen[str]:
+        """A server: a network and a /dev/shm of its own."""
+        name, rendezvous = self.cable[end], f"is_host={end == 0},join_timeout=60,read_timeout=10"
+        own = ["ip", "netns", "exec", name, "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]
+        run = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *self.meeting,
+            rendezvous,
+            "--local-addr",
+            ENDS[end],
+            "-m",
+            "real",
+            *self.plan,
+        ]
+        more = {"GLOO_SOCKET_IFNAME": name, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        return subprocess.Popen([*own, *run], cwd=ROOT, env=os.environ | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def lose(self, end: int) -> None:
+        """A server and all that it held in memory."""
+        for pid in ip("netns", "pids", self.cable[end]).stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+        self.agents[end].wait()
 
     def wait(self, seconds: float) -> list[int]:
         try:
@@ -125,3 +143,19 @@ def test_a_cut_cable_stops_both_sides_and_loses_nothing(cable, corpus, tmp_path)
     again = Job(cable, corpus, tmp_path / "cut", *words)
     assert again.wait(120) == [0, 0], again.said
     assert again.losses() == sound.losses() and len(again.losses()) == STEPS
+
+
+def test_a_lost_server_is_replaced_and_its_neighbour_has_the_shards(cable, corpus, tmp_path):
+    """Nothing was saved to disk: the new server gets what the other has kept of the lost one, and the run ends with the same losses."""
+    words = ("checkpoint.every=1000", "checkpoint.memory_every=5", "failures.start_timeout=60 s")
+    sound = Job(cable, corpus, tmp_path / "sound", *words)
+    assert sound.wait(120) == [0, 0], sound.said
+    job = Job(cable, corpus, tmp_path / "lost", *words)
+    while job.step() < 20 and all(agent.poll() is None for agent in job.agents):
+        time.sleep(0.05)
+    job.lose(1)
+    job.agents[1] = job.agent(1)
+    assert job.wait(180) == [0, 0], job.said
+    back = [event for event in read(next(job.runs.glob("*/real")), "events") if event["event"] == "restart"]
+    assert back and min(event["step"] for event in back) >= 15 and "memory, step" in back[0]["detail"]
+    assert job.losses() == sound.losses() and len(job.losses()) == STEPS
