@@ -16,7 +16,7 @@ import yaml
 from conf.errors import Refused, nearest
 from conf.plan import Plan
 from conf.program import from_yaml
-from conf.record import QUANTITIES, Value, read, read_summary, state_totals
+from conf.record import QUANTITIES, Value, read_all, read_summary, state_totals
 
 RUN = "foretold sim && foretold real"
 _NEEDED = {"ledger": ("at", "stage", "quantity"), "events": ("at", "stage", "event")}
@@ -125,7 +125,7 @@ def _side(folder: Path) -> tuple[str | None, Side | None]:
 def _rows(folder: Path, file: str) -> list[dict[str, Any]]:
     """The rows of a ledger or of the events, without values that were not finite, which a record keeps as null."""
     try:
-        rows = read(folder, file)
+        rows = read_all(folder, file)
     except ValueError as error:
         raise Refused(f"{folder}: a line of its {file} is corrupt ({error}); delete the folder and run again") from error
     for row in rows:

@@ -260,6 +260,11 @@ def read(folder: Path, file: str) -> list[dict[str, Any]]:
     return rows + [json.loads(line) for line in _lines(folder, file)]
 
 
+def read_all(folder: Path, file: str) -> list[dict[str, Any]]:
+    """All rows, with those of replicas that keep a record of their own."""
+    return [row for part in (folder, *sorted(folder.glob("replica*"))) for row in read(part, file)]
+
+
 def summarise(folder: Path, plan_id: str, program: str, quantities: Mapping[str, float | Value]) -> dict[str, Any]:
     """Write summary.json and return it. A value that is not finite is left out: it was not measured."""
     told = {}

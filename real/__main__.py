@@ -19,6 +19,7 @@ from conf.record import read_summary
 from conf.units import show
 from real.heartbeat import STOPPED, Stopped
 from real.life import DATA, STAGES, Life
+from real.place import Place, place
 
 USAGE = """
 foretold real [options] [group=option] [key=value]   execute a plan
@@ -78,11 +79,13 @@ def _main(args: list[str]) -> int:
     source, traced = _source(options["start"]), _steps(options["trace"])
     if options["slurm"] != "no":
         return _slurm(plan, home, options)
-    _check(plan, only)
+    mine = _place(plan, only)
+    part, folder = (mine.plan, mine.folder(folder)) if mine else (plan, folder)
+    _check(part, only)
     if not _leads():
         from real.cluster import follow
 
-        return follow(plan)
+        return follow(part)
     if fresh:
         from real import tiers
 
@@ -90,7 +93,7 @@ def _main(args: list[str]) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     with _quiet(quiet):
         try:
-            told = _run(plan, folder, only, source, traced)
+            told = _run(plan, folder, only, source, traced, mine)
         except (KeyboardInterrupt, Stopped) as why:
             words = shlex.join(["foretold", "real", *again])
             print(f"\nstopped; the record so far is in {folder}; go on with: {words}", file=sys.stderr)
@@ -145,6 +148,13 @@ def _check(plan: Plan, only: Sequence[str]) -> None:
         cluster.check(plan)
 
 
+def _place(plan: Plan, only: Sequence[str]) -> Place | None:
+    """Which replica this command is, where replicas restart alone."""
+    if plan.failures.restart != "replica" or "pretrain" not in only:
+        return None
+    return place(plan)
+
+
 def _slurm(plan: Plan, home: Path, options: Mapping[str, str]) -> int:
     """Hand the run to Slurm; what it is to do is checked here, what it runs on is not here."""
     from real import slurm
@@ -190,12 +200,15 @@ def _dry(plan: Plan, home: Path, quiet: bool) -> int:
     return 0
 
 
-def _run(plan: Plan, folder: Path, only: Sequence[str], source: Path | None, traced: tuple[int, int] | None) -> dict[str, Any]:
+def _run(plan: Plan, folder: Path, only: Sequence[str], source: Path | None, traced: tuple[int, int] | None,
+         mine: Place | None = None) -> dict[str, Any]:  # fmt: skip
     """The stages, in the order of a life."""
     _announce(plan, folder)
     (folder / STOPPED).unlink(missing_ok=True)
-    life = Life(plan, folder, _say, source, traced)
-    if set(only) & set(DATA):
+    life = Life(plan, folder, _say, source, traced, mine)
+    if mine and mine.number:
+        life.join(folder.parent)
+    elif set(only) & set(DATA):
         life.data([name for name in DATA if name in only])
     if set(only) & set(MEASURES):
         life.measure([name for name in MEASURES if name in only])

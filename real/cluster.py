@@ -151,7 +151,8 @@ class Crew:
         torch.set_num_threads(1)
         self.pulse, self.complaint = pulse, folder / "refused.json"
         self.complaint.unlink(missing_ok=True)
-        door = socket.create_server(("localhost", 0), backlog=plan.ranks + 1)
+        joined = "TORCHFT_LIGHTHOUSE" in os.environ  # replicas on other servers look into the table too
+        door = socket.create_server(("" if joined else "localhost", 0), backlog=plan.ranks + 1)
         port = door.getsockname()[1]
         context = multiprocessing.get_context("fork" if plan.gpu.kind == "cpu" else "spawn")
         self.processes = [

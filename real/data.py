@@ -242,11 +242,13 @@ class Batches:
         self.reader = ThreadPoolExecutor(1)
         self.ahead: tuple[int, Future[Batch]] | None = None
         self.passed_over: Callable[[int], int] = lambda _: 0  # samples left out before a step, after rollbacks
+        self.dealt: Callable[[int], range] = range  # which of a step's samples these data-parallel ranks share
 
     def samples(self, step: int) -> range:
         """Global indices of this rank's samples in a step: contiguous, so that every mesh sees the same step."""
-        share = self.plan.batch(step) // self.plan.dp
-        first = self.plan.samples(step) + self.passed_over(step) + self.dp_rank * share
+        dealt = self.dealt(self.plan.batch(step))
+        share = len(dealt) // self.plan.dp
+        first = self.plan.samples(step) + self.passed_over(step) + dealt.start + self.dp_rank * share
         return range(first, first + share)
 
     def step(self, step: int) -> Batch:

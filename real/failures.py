@@ -42,10 +42,10 @@ LOADING = 0  # before the first step of a life: a load comes before any step, wh
 class Injector:
     """The faults of one rank's script."""
 
-    def __init__(self, plan: Plan, record: Record, rank: int, pulse: Pulse, folder: Path) -> None:
+    def __init__(self, plan: Plan, record: Record, rank: int, pulse: Pulse, folder: Path, first: int = 0) -> None:
         self.record, self.rank, self.pulse, self.tiers = record, rank, pulse, tiers(plan, folder)
         script = enumerate(map(read_fault, plan.failures.script))
-        self.mine = [(number, fault) for number, fault in script if fault.rank == rank]
+        self.mine = [(number, fault) for number, fault in script if fault.rank == first + rank]
         self.struck = Counter(fired(folder)) if self.mine else Counter[int]()
         self.step, self.drag, self.until = LOADING, 1.0, -1
         self.slept = self.lagged = 0.0  # in this step, and in the last in which it lagged

@@ -11,9 +11,10 @@ from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
 from conf.program import to_yaml
-from conf.record import STATES, Record, read, read_summary, seal, summarise
+from conf.record import STATES, Record, read, read_all, read_summary, seal, summarise
 from real import dedup, extract, stage, tokens
 from real.heartbeat import Stopped, clock
+from real.place import Place, join
 from real.stage import Manifest
 from real.summary import summary
 
@@ -26,12 +27,13 @@ class Life:
     """One run of a plan in its folder; an earlier attempt's clock goes on where its ledger ends."""
 
     def __init__(self, plan: Plan, folder: Path, say: Callable[[str], None], source: Path | None = None,
-                 traced: tuple[int, int] | None = None) -> None:  # fmt: skip
-        self.plan, self.folder, self.say, self.source, self.traced = plan, folder, say, source, traced
+                 traced: tuple[int, int] | None = None, place: Place | None = None) -> None:  # fmt: skip
+        self.plan, self.folder, self.say, self.source, self.traced, self.place = plan, folder, say, source, traced, place
+        self.part = place.plan if place else plan  # what is executed here
         earlier = read(folder, "ledger") if folder.is_dir() else []
         before = max((row["at"] for row in earlier), default=0.0)
         self.furthest = max((row["step"] or 0 for row in earlier if row["quantity"] == "step_time"), default=0)
-        self.epoch = clock(plan) - before
+        self.epoch = clock(self.part) - before
         self.record = Record(folder, rank=None, began=before)
         write(folder / "plan.yaml", to_yaml(plan))
         if plan.profile:
@@ -67,14 +69,14 @@ class Life:
     def _spend(self, state: str, where: str, began: float) -> None:
         """Book the time since `began` for all ranks: the data stages run before the ranks exist."""
         now = self.record.now()
-        self.record.observe(where, state, (now - began) * self.plan.ranks)
+        self.record.observe(where, state, (now - began) * self.part.ranks)
         self.record.span(where, began, now, where, lane="job")
 
     def _spend_rest(self, stage: str, launched: float) -> None:
         """What the ranks did not book themselves since they were started: their way out."""
         rows = read(self.folder, "ledger")
         booked = sum(row["value"] for row in rows if row["stage"] == stage and row["at"] >= launched and row["quantity"] in STATES)
-        self.record.observe(stage, "idle", max(0.0, (self.record.now() - launched) * self.plan.ranks - booked))
+        self.record.observe(stage, "idle", max(0.0, (self.record.now() - launched) * self.part.ranks - booked))
 
     def _progress(self, name: str) -> Callable[[float], None]:
         return lambda share: self.say(f"\r{name} {share:.0%}")
@@ -126,12 +128,19 @@ class Life:
         foretold = {n: quantities[f"pretrain.{n}"]["value"] for n in ("step_time", "peak_memory") if f"pretrain.{n}" in quantities}
         self.record.event("pretrain", "start")
         launched = self.record.now()
-        start = Start(self.folder, self.epoch, launched, launched, self.furthest, foretold, self.source, self.traced)
+        start = Start(self.folder, self.epoch, launched, launched, self.furthest, foretold, self.source, self.traced,
+                      whole=self.plan, replica=self.place.number if self.place else None)  # fmt: skip
         if not under_torchrun():
-            Supervisor(self.plan, self.folder, self.record, self.say).run(pretrain, start)
+            Supervisor(self.part, self.folder, self.record, self.say).run(pretrain, start)
         elif not self._launch(pretrain, start):
             raise Stopped
         self._spend_rest("pretrain", launched)
+
+    def join(self, home: Path) -> None:
+        """A later replica uses what the first has prepared."""
+        began = self.record.now()
+        join(home, self.folder, self.say, self.plan.failures.start_timeout)
+        self._spend("idle", "run", began)
 
     def measure(self, names: Collection[str]) -> None:
         """Time this machine's operations and collectives into kernels.csv and network.csv."""
@@ -143,14 +152,16 @@ class Life:
         from real.cluster import launch
 
         self.record.flush()
-        return launch(self.plan, self.folder, work, *arguments)
+        return launch(self.part, self.folder, work, *arguments)
 
     def close(self) -> dict[str, Any]:
         """Seal the record and sum it up."""
         self.record.event("run", "end")
         self.record.flush()
         seal(self.folder)
-        return summarise(self.folder, self.plan.id, "real", summary(self.plan, read(self.folder, "ledger"), read(self.folder, "events")))
+        first = self.place is None or self.place.number == 0
+        rows, events = (read_all(self.folder, file) for file in ("ledger", "events"))
+        return summarise(self.folder, self.plan.id, "real", summary(self.plan if first else self.part, rows, events))
 
 
 def measured(name: str, manifest: Manifest) -> dict[str, float]:

@@ -30,6 +30,7 @@ from real.memory import Gauge
 from real.power import meter
 from real.profile import Watched
 from real.progress import Progress
+from real.replica import Replicas
 from real.resume import fill, led, newest, resume
 from real.stability import Decision, Guard
 from real.straggler import Scores
@@ -55,7 +56,8 @@ class Start:
     source: Path | None = None  # a checkpoint, or a Hugging Face model, to start from
     traced: tuple[int, int] | None = None  # first and last step that torch's profiler watches
     pulse: Pulse | None = None  # where the launcher looks for heartbeats
-    whole: Plan | None = None  # the plan of which this is a smaller mesh
+    whole: Plan | None = None  # the plan of which this is a smaller mesh, or one replica
+    replica: int | None = None  # which, where replicas restart alone
 
 
 def pretrain(plan: Plan, start: Start) -> bool:
@@ -87,9 +89,10 @@ class Training:
 
     def __init__(self, plan: Plan, start: Start) -> None:
         self.plan, self.start, whole = plan, start, start.whole or plan
-        self.record = record = Record(start.folder, rank(), began=clock(plan) - start.epoch)
+        first = plan.ranks * (start.replica or 0)
+        self.record = record = Record(start.folder, first + rank(), began=clock(plan) - start.epoch)
         self.pulse = start.pulse or _alone(plan)
-        self.injector = Injector(whole, record, rank(), self.pulse, start.folder)
+        self.injector = Injector(whole, record, rank(), self.pulse, start.folder, first)
         cuda = plan.gpu.kind == "cuda"
         self.timeline, self.power, self.gauge = Timeline(cuda, self._changed), meter(plan.gpu.kind), Gauge(cuda)
         record.observe(STAGE, "init", max(0.0, record.now() - start.launched), at=record.now())
@@ -110,6 +113,10 @@ class Training:
         self.scores = Scores(plan.ranks, plan.mesh.pp) if start.pulse and rank() == 0 else None
         self.watched = Watched(start.traced, start.folder, cuda)
         self.step = resume(whole, self.trainer, start.folder, start.source, record, self.buddy)
+        self.replicas: Replicas | None = None
+        if start.replica is not None:
+            self.replicas = Replicas(plan, start.replica, self.trainer.parts, self.trainer.optimizer)
+            self.trainer.agree, self.trainer.batches.dealt = self.replicas.agree, self.replicas.share
         self.decision: Decision | None = None
         self.progress: Progress | None = None
 
@@ -126,7 +133,12 @@ class Training:
         self.guard.resume(self.step)
         book(record, self.timeline, None)
         while not over and not wish:
-            wish = self._step()
+            if self.replicas:
+                self._meet(self.replicas)
+            told = self._step()
+            if told is None:
+                continue
+            wish = told
             if self.decision and self.decision.answer in ("rollback", "verify"):
                 self._back(self.decision.to)
                 continue
@@ -137,7 +149,7 @@ class Training:
             if (due or _due(self.step, plan.failures.verify_every, False)) and not self._sound():
                 continue
             over = last
-            for tier in due:
+            for tier in due if self.replicas is None or self.replicas.leads else ():
                 self._save(tier)
             for tier, writer in self.writers.items():
                 self._saved(tier, writer.poll())
@@ -148,20 +160,39 @@ class Training:
         if over:
             self._finish()
         record.flush()
+        if self.replicas:
+            self.replicas.close()
         if self.progress:
             self.progress.close()
         return over
 
     # -- a step
 
-    def _step(self) -> bool:
-        """One step, told; returns whether somebody wishes the run to stop."""
+    def _meet(self, replicas: Replicas) -> None:
+        """Who is up for the next step; a replica that was away gets the state of the others."""
+        with self.timeline.during("idle"):
+            step, changed = replicas.begin(self.step)
+        if changed:
+            self.trainer.batches.rewind()
+            if rank() == 0:
+                self.record.event(STAGE, "quorum", step, replicas=replicas.up)
+        if step != self.step:
+            self.record.event(STAGE, "rejoin", step)
+            self.step = step
+        book(self.record, self.timeline, None)
+
+    def _step(self) -> bool | None:
+        """One step, told; returns whether somebody wishes the run to stop, None where the step is to be done again."""
         plan, record = self.plan, self.record
         self.decision = None
         self.injector.begin(self.step + 1)
         self.watched.before(self.step + 1)
-        loss, norm, wish = self.trainer.step(self.step, self.pulse.stop, self._judge if self.guard.awake else None)
+        told = self.trainer.step(self.step, self.pulse.stop, self._judge if self.guard.awake else None)
         self.watched.after(self.step + 1)
+        if told is None:
+            book(record, self.timeline, None)
+            return None
+        loss, norm, wish = told
         self.step += 1
         seconds, states = book(record, self.timeline, self.step, replay=self.step <= self.start.furthest)
         work = sum(states.get(state, 0.0) for state in WORK)

@@ -64,7 +64,9 @@ class Supervisor:
                 plan = self._on(len(devices))
                 pulse, launched = Pulse(plan.ranks), self.record.now()
                 self.record.flush()
-                crew = Crew(plan, devices, pulse, self.folder, work, replace(start, launched=launched, pulse=pulse, whole=self.plan))
+                crew = Crew(
+                    plan, devices, pulse, self.folder, work, replace(start, launched=launched, pulse=pulse, whole=start.whole or self.plan)
+                )
                 try:
                     fall = self._watch(crew, shrunk=len(devices) < self.plan.ranks)
                 finally:

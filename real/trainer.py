@@ -82,6 +82,7 @@ class Trainer:
         self.twice = {"embed_tokens.weight"} if plan.model.tied and self.pipeline else set[str]()  # what two stages hold
         self.batches = Batches(tokens, order or Order(len(tokens), plan.seed), plan, self.axes.dp_rank if self.axes else 0)
         self.targets = 1.0  # that count in this step, over all ranks
+        self.agree: Callable[[torch.Tensor], bool] | None = None  # of replicas that restart alone
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """This rank's part of the mean loss a token."""
@@ -93,10 +94,11 @@ class Trainer:
             return batch
         return batch.take(self.parts[0].spread(batch.inputs.shape[1] // self.axes.cp.size))
 
-    def step(self, step: int, wish: bool = False, judge: Callable[[float, float], float] | None = None) -> tuple[float, float, bool]:
+    def step(self, step: int, wish: bool = False, judge: Callable[[float, float], float] | None = None) -> tuple[float, float, bool] | None:
         """One optimizer step; returns the mean loss a token over all ranks, the gradient norm, and whether any rank has the wish.
 
-        A judge sees both numbers first and says the factor of the learning rate; 0 drops the step, which then leaves no trace.
+        A judge sees both numbers first and says the factor of the learning rate; 0 drops the step, which then leaves no trace. None:
+        another replica has fallen, and the step is to be done again.
         """
         plan, enter = self.plan, self.timeline.enter
         enter("data")
@@ -108,6 +110,9 @@ class Trainer:
         told = self._forward_backward(batch)
         enter("communication")
         share_tied(self.parts, plan, self.axes.pp if self.axes else None)
+        if self.agree and not self.agree(told):
+            self.optimizer.zero_grad()
+            return None
         enter("optimizer")
         norm, factor = optim.clip(self.optimizer.named, plan.train.clip, self.twice), 1.0
         if judge:
