@@ -1,4 +1,4 @@
-"""Copies in the memory of several servers: every rank's shards in its own server's, and in a neighbour's.
+"""Copies in the memory, or on the disks, of several servers: every rank's shards in its own server's, and in a neighbour's.
 
 What a rank holds is kept as it holds it, so only the same mesh reads it back, quickly; another mesh goes by the checkpoints on
 disk. When a server is lost, the one that takes its place is sent what the neighbour has kept.
@@ -27,8 +27,8 @@ from real.parallel import total
 class Buddy:
     """One rank's part in keeping copies; all ranks call each method."""
 
-    def __init__(self, folder: Path, plan: Plan, run: str, passing: Callable[[str], None] = lambda _: None) -> None:
-        self.folder, self.plan, self.run, self.passing = folder, plan, run, passing
+    def __init__(self, name: str, folder: Path, plan: Plan, run: str, passing: Callable[[str], None] = lambda _: None) -> None:
+        self.name, self.folder, self.plan, self.run, self.passing = name, folder, plan, run, passing
         self.ranks, self.stride = plan.ranks, plan.cluster.gpus_per_node
 
     def save(self, tensors: dict[str, Tensor], step: int) -> list[tuple[int, int]]:

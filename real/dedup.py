@@ -1,7 +1,8 @@
-"""Dedup: of documents with the same text, the one with the smallest id stays.
+"""Dedup: of documents with the same text, or nearly the same, the one with the smallest id stays.
 
 Same means equal after lower-casing and folding white space. Workers hash their shard; the hashes meet here; workers
-then write what stays.
+then write what stays. For nearly the same (data.dedup=minhash) workers write the bands of their shard, sorted; others read a range of
+all bands each and write which documents meet in them; those pairs meet here, and all that hang together are one.
 """
 
 import hashlib
@@ -9,14 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from conf.files import write
+from real import minhash
 from real.extract import load, save
-from real.stage import Manifest, Task
+from real.stage import Manifest, Task, sha256
 
 VERSION = 1
+RANGE = 64_000_000  # bytes of bands that one task sorts
+RULES = {
+    "exact": "exact after lower-casing and folding white space; the smallest id stays",
+    "minhash": "14 bands of 8 over runs of 5 words, or exact; of what hangs together the smallest id stays",
+}
 
 
-def config() -> dict[str, Any]:
-    return {"version": VERSION, "rule": "exact after lower-casing and folding white space; the smallest id stays"}
+def config(how: str = "exact") -> dict[str, Any]:
+    return {"version": VERSION, "rule": RULES[how]}
 
 
 def hash_tasks(extracted: Manifest) -> Iterator[Task]:
@@ -25,14 +35,41 @@ def hash_tasks(extracted: Manifest) -> Iterator[Task]:
         yield Task("hash-" + Path(path).stem, hash_shard, (path, output["sha256"]), (output["sha256"],))
 
 
-def keep_tasks(extracted: Manifest, hashed: Manifest) -> Iterator[Task]:
-    """One task a shard: the ids to leave out."""
-    removed = duplicates(hashed)
+def band_tasks(extracted: Manifest) -> Iterator[Task]:
+    for output in extracted.paths(".parquet"):
+        path = str(extracted.folder / output["path"])
+        yield Task("bands-" + Path(path).stem, band_shard, (path, output["sha256"]), (output["sha256"],))
+
+
+def pair_tasks(banded: Manifest) -> Iterator[Task]:
+    """One task for each range of bands."""
+    outputs = banded.paths(".npy")
+    tables = [(str(banded.folder / output["path"]), output["sha256"]) for output in outputs]
+    digests = tuple(output["sha256"] for output in outputs)
+    ranges = max(1, -(-sum(output["bytes"] for output in outputs) // RANGE))
+    for number in range(ranges):
+        first, end = number * 2**64 // ranges, (number + 1) * 2**64 // ranges
+        yield Task(f"pairs-{number:05}", pair_range, (tables, first, end), digests)
+
+
+def near_duplicates(paired: Manifest) -> Path:
+    """Writes the ids to leave out beside the pairs; returns the file."""
+    tables = [np.load(paired.verified(output)) for output in paired.paths(".npy")]
+    gone = sorted(other for _, other in minhash.components(np.concatenate(tables)))
+    path = paired.folder / "removed.txt"
+    write(path, "".join(f"{identity}\n" for identity in gone))
+    return path
+
+
+def keep_tasks(extracted: Manifest, hashed: Manifest, near: Path | None = None) -> Iterator[Task]:
+    """One task a shard, with the ids to leave out: those of exact duplicates, and a file of the others."""
+    removed, listed = duplicates(hashed), sha256(near) if near else ""
     for output in extracted.paths(".parquet"):
         path = str(extracted.folder / output["path"])
         gone = sorted(removed.get("hash-" + Path(path).stem, ()))
         digest = hashlib.blake2b("".join(gone).encode(), digest_size=16).hexdigest()
-        yield Task(Path(path).stem, keep_shard, (path, output["sha256"], gone), (output["sha256"], digest))
+        task = (path, output["sha256"], gone, str(near) if near else "")
+        yield Task(Path(path).stem, keep_shard, task, (output["sha256"], digest, listed))
 
 
 def duplicates(hashed: Manifest) -> dict[str, list[str]]:
@@ -70,11 +107,26 @@ def hash_shard(folder: Path, name: str, path: str, sha256: str) -> dict[str, Any
     return {"hashed": len(rows)}
 
 
-def keep_shard(folder: Path, name: str, path: str, sha256: str, gone: list[str]) -> dict[str, Any]:
-    rows, out = load(verified(path, sha256)), set(gone)
-    kept = [row for row in rows if row[0] not in out]
+def band_shard(folder: Path, name: str, path: str, sha256: str) -> dict[str, Any]:
+    """The bands of a shard's documents, sorted."""
+    rows = load(verified(path, sha256))
+    np.save(folder / f"{name}.npy", minhash.entries([i for i, _, _ in rows], [text for _, _, text in rows]))
+    return {"banded": len(rows)}
+
+
+def pair_range(folder: Path, name: str, tables: list[tuple[str, str]], first: int, end: int) -> dict[str, Any]:
+    """Documents that meet in a band of this range. A table is mapped, not read, so its digest is left to its receipt's size."""
+    found = minhash.pairs([minhash.between(np.load(path, mmap_mode="r"), first, end) for path, _ in tables])
+    np.save(folder / f"{name}.npy", found)
+    return {"pairs": len(found)}
+
+
+def keep_shard(folder: Path, name: str, path: str, sha256: str, gone: list[str], near: str) -> dict[str, Any]:
+    rows, exact = load(verified(path, sha256)), set(gone)
+    listed = set(Path(near).read_text().split()) if near else set()
+    kept = [row for row in rows if row[0] not in exact and row[0] not in listed]
     save(folder / f"{name}.parquet", kept)
-    return {"documents_in": len(rows), "documents": len(kept), "removed": len(rows) - len(kept),
+    return {"documents_in": len(rows), "documents": len(kept), "removed": len(rows) - len(kept), "removed_exact": len(exact),
             "bytes": sum(len(text.encode()) for _, _, text in kept)}  # fmt: skip
 
 

@@ -151,6 +151,12 @@ def fired(folder: Path) -> Iterator[int]:
     return (detail["entry"] for detail in details if "entry" in detail)
 
 
+def unfired(plan: Plan, folder: Path) -> list[str]:
+    """Entries of the script that have not struck as often as they were to."""
+    struck = Counter(fired(folder))
+    return [entry for number, entry in enumerate(plan.failures.script) if struck[number] < read_fault(entry).times]
+
+
 class Strike(NamedTuple):
     at: float  # after the start of pre-training
     name: str

@@ -95,9 +95,14 @@ class Life:
     def _dedup(self, pool: ProcessPoolExecutor) -> Manifest:
         folder, began = self.folder / "dedup", time.perf_counter()
         extracted = Manifest.read(self.folder / "extract")
-        config = dedup.config()
+        config, how = dedup.config(self.plan.data.dedup), self.plan.data.dedup
         hashed = stage.run(folder / "hashes", dedup.hash_tasks(extracted), config, pool, {}, lambda _: None)
-        done = stage.run(folder, dedup.keep_tasks(extracted, hashed), config, pool, config, self._progress("dedup"))
+        near = None
+        if how == "minhash":
+            banded = stage.run(folder / "bands", dedup.band_tasks(extracted), config, pool, {}, self._progress("dedup, signatures"))
+            paired = stage.run(folder / "pairs", dedup.pair_tasks(banded), config, pool, {}, self._progress("dedup, pairs"))
+            near = dedup.near_duplicates(paired)
+        done = stage.run(folder, dedup.keep_tasks(extracted, hashed, near), config, pool, config, self._progress("dedup"))
         return self._timed(done, began)
 
     def _tokens(self, pool: ProcessPoolExecutor) -> Manifest:
@@ -118,6 +123,7 @@ class Life:
 
     def pretrain(self) -> None:
         from real.cluster import under_torchrun
+        from real.failures import unfired
         from real.pretrain import Start, pretrain
         from real.recovery import Supervisor
 
@@ -135,6 +141,10 @@ class Life:
         elif not self._launch(pretrain, start):
             raise Stopped
         self._spend_rest("pretrain", launched)
+        if script := self.plan.failures.script:
+            missed = unfired(self.plan, self.folder)
+            told = f"; not: {', '.join(missed)}" if missed else ""
+            self.say(f"{len(script) - len(missed)} of {len(script)} planned faults struck{told}")
 
     def join(self, home: Path) -> None:
         """A later replica uses what the first has prepared."""

@@ -104,15 +104,15 @@ class Training:
         self.writers: dict[tiers.Tier, checkpoint.Writer | Buddy] = {
             tier: checkpoint.Writer(tier.folder, whole, self.injector.at) for tier in self.tiers
         }
-        self.buddy: Buddy | None = None
-        if whole.cluster.nodes > 1 and self.tiers[0].name == "memory":
+        if plan.cluster.nodes > 1 and self.tiers[:-1]:
             run = led(lambda: tiers.run_of(start.folder))
-            self.buddy = self.writers[self.tiers[0]] = Buddy(self.tiers[0].folder, whole, run, self.injector.at)
+            self.writers |= {tier: Buddy(tier.name, tier.folder, whole, run, self.injector.at) for tier in self.tiers[:-1]}
+        self.buddies = [writer for writer in self.writers.values() if isinstance(writer, Buddy)]
         self.guard = led(lambda: Guard(whole, start.folder))
         self.trainer.batches.passed_over = self.guard.samples
         self.scores = Scores(plan.ranks, plan.mesh.pp) if start.pulse and rank() == 0 else None
         self.watched = Watched(start.traced, start.folder, cuda)
-        self.step = resume(whole, self.trainer, start.folder, start.source, record, self.buddy)
+        self.step = resume(whole, self.trainer, start.folder, start.source, record, self.buddies)
         self.replicas: Replicas | None = None
         if start.replica is not None:
             self.replicas = Replicas(plan, start.replica, self.trainer.parts, self.trainer.optimizer)
@@ -240,15 +240,15 @@ class Training:
     def _back(self, most: int) -> None:
         """To the newest checkpoint of at most so many steps; what was saved after it belongs to a history that was given up."""
         self._settle()
-        copy = newest(self.whole, self.start.folder, self.buddy, most)
+        copy = newest(self.whole, self.start.folder, self.buddies, most)
         if copy is None:
             raise Refused(f"step {self.step} must be undone, and there is no checkpoint of step {most} or before; "
                           "lower checkpoint.every or failures.spikes.rewind, or raise checkpoint.keep")  # fmt: skip
         step = copy.step
-        fill(copy, self.whole, self.trainer, self.buddy)
+        fill(copy, self.whole, self.trainer)
         led(lambda: tiers.forget_after(self.whole, self.start.folder, step))
-        if self.buddy:
-            self.buddy.forget_after(step)
+        for buddy in self.buddies:
+            buddy.forget_after(step)
         self.start = replace(self.start, furthest=max(self.start.furthest, self.step))
         self.step = step
         self.trainer.batches.rewind()

@@ -1,7 +1,7 @@
 """Where a run goes on: its own newest checkpoint, else another run's, or a model of another program."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,41 +24,45 @@ class Copy(NamedTuple):
     name: str
     step: int
     passed_over: list[str]  # newer ones that cannot be trusted, each with its reason
-    path: Path | None = None  # on disk; None = in the memory of the servers
-    givers: tuple[int, ...] = ()  # there: who gives each rank its shards
+    path: Path  # of a checkpoint, or of what the servers keep for each other
+    buddy: Buddy | None = None  # who keeps that
+    givers: tuple[int, ...] = ()  # and who gives each rank its shards
 
 
-def newest(plan: Plan, folder: Path, buddy: Buddy | None, most: float = math.inf, source: Path | None = None) -> Copy | None:
+def newest(plan: Plan, folder: Path, buddies: Sequence[Buddy] = (), most: float = math.inf, source: Path | None = None) -> Copy | None:
     """The newest sound copy of any tier, of at most so many steps; else what another run, or another program, has left."""
     found = led(lambda: tiers.newest(plan, folder, most) or _elsewhere(plan, source))
-    near = buddy.newest(most) if buddy else None
-    if near and (found is None or near[0] >= found[1]):
-        return Copy(f"memory, step {near[0]}", near[0], [], None, tuple(near[1]))
-    return Copy(found[0].name, found[1], found[2], found[0]) if found else None
+    best = Copy(found[0].name, found[1], found[2], found[0]) if found else None
+    for buddy in reversed(buddies):  # of equal steps the quickest tier's
+        near = buddy.newest(most)
+        if near and (best is None or near[0] >= best.step):
+            best = Copy(f"{buddy.name}, step {near[0]}", near[0], [], buddy.folder, buddy, tuple(near[1]))
+    return best
 
 
-def fill(copy: Copy, plan: Plan, trainer: Trainer, buddy: Buddy | None) -> None:
+def fill(copy: Copy, plan: Plan, trainer: Trainer) -> None:
     """Model and optimizer from a copy."""
+    buddy = copy.buddy
     with trainer.timeline.during("load"):
-        if copy.path is None and buddy is not None:
+        if buddy is not None:
             checkpoint.restore(trainer.parts, trainer.optimizer, copy.step, lambda into: buddy.load(into, copy.step, copy.givers))
-        elif copy.path is not None and copy.path.name.startswith("step-"):
+        elif copy.path.name.startswith("step-"):
             checkpoint.load(copy.path, trainer.parts, trainer.optimizer, copy.step)
-        elif copy.path is not None:
+        else:
             huggingface.load(copy.path, plan.model, trainer.parts)
 
 
-def resume(plan: Plan, trainer: Trainer, folder: Path, source: Path | None, record: Record, buddy: Buddy | None = None) -> int:
+def resume(plan: Plan, trainer: Trainer, folder: Path, source: Path | None, record: Record, buddies: Sequence[Buddy] = ()) -> int:
     """Load the newest copy of this plan, else what the run is to start from; returns the steps that it holds."""
-    copy = newest(plan, folder, buddy, source=source)
+    copy = newest(plan, folder, buddies, source=source)
     if copy is None:
         return 0
-    fill(copy, plan, trainer, buddy)
+    fill(copy, plan, trainer)
     record.event(STAGE, "restart", copy.step, checkpoint=copy.name, passed_over=copy.passed_over)
     if rank() == 0:
         for reason in copy.passed_over:
             print(f"passed over: {reason}", flush=True)
-        elsewhere = copy.path and source and copy.path.parent.parent != folder
+        elsewhere = source and copy.buddy is None and copy.path.parent.parent != folder
         print(f"started from {copy.path}" if elsewhere else f"resumed from {copy.name}", flush=True)
     return copy.step
 

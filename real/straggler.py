@@ -24,7 +24,7 @@ class Scores:
 
     def __init__(self, ranks: int, stages: int = 1) -> None:
         self.peers = ranks // stages
-        self.recent = [deque[float](maxlen=SPAN) for _ in range(ranks)]
+        self.recent = [deque[tuple[float, float]](maxlen=SPAN) for _ in range(ranks)]  # times the usual work, share of the step
         self.flagged: set[int] = set()
 
     def look(self, work: Sequence[float], step_time: float) -> list[Slow]:
@@ -35,11 +35,12 @@ class Scores:
         for rank, (seconds, recent) in enumerate(zip(work, self.recent, strict=True)):
             first = rank // self.peers * self.peers
             usual = statistics.median_low(work[first : first + self.peers])
-            recent.append(seconds / usual)
-            score = statistics.median(recent)
+            longer = max(0.0, seconds - usual)
+            recent.append((seconds / usual, longer / max(step_time - longer, 1e-9)))
+            score, cost = (statistics.median(values) for values in zip(*recent, strict=True))
             if len(recent) == SPAN and score > SLOW and rank not in self.flagged:
                 self.flagged.add(rank)
-                found.append(Slow(rank, score, max(0.0, seconds - usual) / max(step_time - (seconds - usual), 1e-9)))
+                found.append(Slow(rank, score, cost))
             elif score < SLOW and rank in self.flagged:
                 self.flagged.discard(rank)
         return found

@@ -10,6 +10,7 @@ there was a checkpoint there is always a sound one.
 
 import contextlib
 import io
+import math
 import random
 import sys
 import tempfile
@@ -68,6 +69,12 @@ def wrong(run: Lived, whole: Lived, entries: list[str]) -> list[str]:
     return found
 
 
+def recoveries(falls: list[float], back: list[float]) -> list[float]:
+    """From each fall to the load before the next one; a fall before the first checkpoint, or in a load, has none."""
+    pairs = zip(falls, [*falls[1:], math.inf], strict=True)
+    return [min(found) - fall for fall, following in pairs if (found := [at for at in back if fall < at < following])]
+
+
 def corpus(folder: Path) -> Path:
     dice = random.Random(7)
     for number in range(120):
@@ -94,7 +101,7 @@ def campaign(first: int, count: int, folder: Path) -> int:
         except Exception as error:
             found = [f"lost: {error}"]
         fired, falls, back = run.events("injected"), run.events("failure"), run.events("restart")
-        spans = [min(b["at"] for b in back if b["at"] > f["at"]) - f["at"] for f in falls if any(b["at"] > f["at"] for b in back)]
+        spans = recoveries([fall["at"] for fall in falls], [event["at"] for event in back])
         hangs = sum("no progress" in fall["cause"] for fall in falls)
         totals.update(runs=1, planned=len(entries), fired=len(fired), falls=len(falls), hangs=hangs)
         bad += bool(found)

@@ -14,10 +14,10 @@ HOMES = {"simpy": {"sim"}, "torch": {"real"}, "matplotlib": {"analysis"}, "hydra
 # Modules without a twin; ARCHITECTURE.md says why for each.
 ALONE = {
     "sim": {"story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
-            "room", "storm", "replica", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
+            "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
         "attention", "bigram", "buddy", "data", "dry", "fp8", "heartbeat", "huggingface", "initial", "integrity", "layers", "loss",
-        "measure", "model", "moe", "muon", "optim", "pipeline", "place", "profile", "progress", "resume", "slurm", "stability",
+        "measure", "minhash", "model", "moe", "muon", "optim", "pipeline", "place", "profile", "progress", "resume", "slurm", "stability",
         "stage", "storage", "straggler", "tiers", "trainer",
     },
 }  # fmt: skip

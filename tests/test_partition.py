@@ -72,7 +72,7 @@ class Job:
 
     def agent(self, end: int) -> subprocess.Popen[str]:
         """A server: a network and a /dev/shm of its own."""
-        name, rendezvous = self.cable[end], f"is_host={end == 0},join_timeout=60,read_timeout=10"
+        name, rendezvous = self.cable[end], f"is_host={end == 0},join_timeout=25,read_timeout=10"
         own = ["ip", "netns", "exec", name, "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh"]
         run = [
             sys.executable,

@@ -44,7 +44,7 @@ def test_killed_anywhere_it_ends_with_the_same_bits(prepared, tmp_path, unbroken
     """Rows 1, 7, 8, 10 and 14: killed in every phase of a step and of a save, twice over; a broken and a slow disk; a clock that jumps."""
     run = Lived(prepared, tmp_path, script(*entries)).live()
     assert run.same_as(unbroken) and run.adds_up()
-    assert len(run.events("injected")) == len(entries)
+    assert len(run.events("injected")) == len(entries) and f"{len(entries)} of {len(entries)} planned faults struck" in run.said
     falls = sum(entry.split()[0] in ("kill", "exit", "broken") for entry in entries)
     assert len(run.events("failure")) == len(run.events("detection")) == falls
     for fault, seen in zip(run.events("failure"), run.events("detection"), strict=True):
@@ -92,7 +92,8 @@ def test_the_exit_status_tells_that_it_can_go_on(corpus, tmp_path):
 
 def test_a_step_that_is_no_number_leaves_no_trace(prepared, tmp_path):
     """Row 4: all ranks drop it; the next step is sound, weights and moments finite."""
-    run = Lived(prepared, tmp_path, script("nan rank=1 step=10"), "failures.spikes.answer=skip").live()
+    run = Lived(prepared, tmp_path, script("nan rank=1 step=10", "exit rank=0 step=20 phase=load"), "failures.spikes.answer=skip").live()
+    assert run.said[-1] == "1 of 2 planned faults struck; not: exit rank=0 step=20 phase=load"  # nothing was ever loaded
     (spike,) = run.events("spike")
     assert spike["step"] == 10 and spike["answer"] == "skip" and "no numbers" in spike["why"]
     losses = run.losses()
