@@ -216,6 +216,9 @@ class Data(Node):
     mixture: list[str] = say("weights in training of files by pattern, as in ['3 *.py', '1 *.md']; empty = as the corpus is")
     tokens: Optional[int] = say("training tokens of a corpus that is not here")
     document_bytes: Bytes = say("expected bytes a document, where a file holds many", must=POSITIVE)
+    filter: str = say("which documents are refused, by the rules of Gopher, C4 or FineWeb; none = none", "none",
+                      must=("none", "gopher", "c4", "fineweb"))  # fmt: skip
+    filtered: float = say("expected share of text that these rules refuse", 0.0, must=SHARE)
     dedup: str = say("which documents go: exact = repeats; minhash = near-repeats too", "exact", must=("exact", "minhash"))
     duplicates: float = say("expected share of documents that are duplicates", must=SHARE)
     extract_rate: ByteRate = say("expected text extracted, per core", must=POSITIVE)

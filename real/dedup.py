@@ -17,7 +17,7 @@ from real import minhash
 from real.extract import load, save
 from real.stage import Manifest, Task, sha256
 
-VERSION = 1
+VERSION = 2
 RANGE = 64_000_000  # bytes of bands that one task sorts
 RULES = {
     "exact": "exact after lower-casing and folding white space; the smallest id stays",

@@ -11,13 +11,14 @@ from typing import Any
 from conf.corpus import SHARD, files, kind_of
 from conf.errors import Refused, nearest
 from conf.plan import Plan
+from real.filters import judge
 from real.stage import Task
 
 VERSION = 1
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    return {"version": VERSION, "text_field": plan.data.text_field}
+    return {"version": VERSION, "text_field": plan.data.text_field, "filter": plan.data.filter}
 
 
 def tasks(plan: Plan) -> Iterator[Task]:
@@ -35,13 +36,13 @@ def tasks(plan: Plan) -> Iterator[Task]:
 
 def _task(number: int, group: list[tuple[str, int]], plan: Plan) -> Task:
     digests = tuple(f"{path}:{size}:{Path(path).stat().st_mtime_ns}" for path, size in group)
-    return Task(f"part-{number:05}", extract, ([path for path, _ in group], plan.data.text_field), digests)
+    return Task(f"part-{number:05}", extract, ([path for path, _ in group], plan.data.text_field, plan.data.filter), digests)
 
 
-def extract(folder: Path, name: str, paths: list[str], text_field: str) -> dict[str, Any]:
+def extract(folder: Path, name: str, paths: list[str], text_field: str, preset: str = "none") -> dict[str, Any]:
     """Write one shard; a file that cannot be read is counted and named, and costs only itself."""
     rows: list[tuple[str, str, str]] = []
-    counters = {"files": 0, "unreadable": 0, "bytes": 0, "empty": 0}
+    counters: dict[str, int] = {"files": 0, "unreadable": 0, "bytes": 0, "empty": 0, "refused": 0}
     unreadable = []
     for path in paths:
         try:
@@ -53,8 +54,12 @@ def extract(folder: Path, name: str, paths: list[str], text_field: str) -> dict[
         counters["files"] += 1
         for number, text in enumerate(texts):
             counters["bytes"] += len(text.encode())
-            if text.strip():
-                rows.append((document_id(path, number), path, text))
+            kept, refused = judge(text, preset) if preset != "none" and text.strip() else (text, None)
+            if refused:
+                counters["refused"] += 1
+                counters[f"refused: {refused}"] = counters.get(f"refused: {refused}", 0) + 1
+            elif kept.strip():
+                rows.append((document_id(path, number), path, kept))
             else:
                 counters["empty"] += 1
     save(folder / f"{name}.parquet", rows)

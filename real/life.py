@@ -89,6 +89,7 @@ class Life:
         if not done.counters.get("documents"):
             unread = int(done.counters.get("unreadable", 0))
             why = f"none of its {unread} files could be read" if unread else "its files are empty"
+            why = f"data.filter={self.plan.data.filter} refused all of it" if done.counters.get("refused") else why
             raise Refused(f"data.path={self.plan.data.path} gave no document: {why}; see {self.folder / 'extract'}")
         return done
 
@@ -192,7 +193,11 @@ def told(name: str, manifest: Manifest) -> str:
     if name == "extract":
         spoilt = f", {c['unreadable']:,.0f} unreadable" if c["unreadable"] else ""
         found = f"{c['files']:,.0f} files, {c['documents']:,.0f} documents, {c['bytes'] / 1e6:,.1f} MB"
-        return f"extract: {found} in {manifest.seconds:.1f} s{spoilt}"
+        rules = sorted(((name.removeprefix("refused: "), n) for name, n in c.items() if name.startswith("refused: ")), key=lambda r: -r[1])
+        refused = f", {c['refused']:,.0f} refused ({', '.join(f'{name} {n:,.0f}' for name, n in rules[:4])})" if rules else ""
+        return f"extract: {found} in {manifest.seconds:.1f} s{spoilt}{refused}"
     if name == "dedup":
-        return f"dedup: {c['documents']:,.0f} documents stay, {c['removed']:,.0f} removed in {manifest.seconds:.1f} s"
+        near = c["removed"] - c["removed_exact"]
+        nearly = f" ({near:,.0f} of them nearly the same as another)" if near else ""
+        return f"dedup: {c['documents']:,.0f} documents stay, {c['removed']:,.0f} removed{nearly} in {manifest.seconds:.1f} s"
     return f"tokens: {c['train_tokens']:,.0f} for training, {c['held_out_tokens']:,.0f} held out in {manifest.seconds:.1f} s"

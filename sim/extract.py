@@ -39,4 +39,11 @@ def extract(world: World, text: Corpus) -> Course[dict[str, float]]:
     began = world.now
     yield from pool(world, "extract", [size / world.rates.extract_rate for size in text.shards])
     seconds = world.now - began
-    return {"seconds": seconds, "bytes": text.bytes, "documents": text.documents, "documents_per_s": per_second(text.documents, seconds)}
+    documents = kept(text, world.plan.data).documents
+    return {"seconds": seconds, "bytes": text.bytes, "documents": documents, "documents_per_s": per_second(documents, seconds)}
+
+
+def kept(text: Corpus, data: Data) -> Corpus:
+    """What is left when the expected share that the rules refuse is gone from every shard."""
+    stays = 1 - data.filtered
+    return Corpus(tuple(size * stays for size in text.shards), text.documents * stays)

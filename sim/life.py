@@ -10,7 +10,7 @@ from conf.plan import Plan
 from sim.clocks import Feed
 from sim.cluster import Course, World
 from sim.dedup import dedup, unique
-from sim.extract import corpus, extract
+from sim.extract import corpus, extract, kept
 from sim.failures import faults, spikes
 from sim.feed import feed_of
 from sim.kernels import Rates, rates
@@ -89,9 +89,10 @@ def _data(world: World, history: History) -> Course[None]:
     began = world.now
     yield world.env.timeout(world.rates.workers)
     world.timeline.spend("run", {"init": 1.0}, began, world.now)
-    text = corpus(world.plan.data)
+    whole = corpus(world.plan.data)
+    text = kept(whole, world.plan.data)
     stay = unique(text, world.plan.data)
-    stages = {"extract": partial(extract, text=text), "dedup": partial(dedup, text=text), "tokens": partial(tokens, text=stay)}
+    stages = {"extract": partial(extract, text=whole), "dedup": partial(dedup, text=text), "tokens": partial(tokens, text=stay)}
     for name, stage in stages.items():
         start = world.now
         world.event(name, "start")
