@@ -29,16 +29,23 @@ class _Product(Function):
         x, x_scale = _round(x_MK, E4M3)
         weight, w_scale = _round(weight_NK, E4M3)
         ctx.save_for_backward(x, x_scale, weight, w_scale)
-        return torch._scaled_mm(x, weight.T, x_scale, w_scale, out_dtype=x_MK.dtype)
+        return _scaled(x, weight.T, x_scale, w_scale, x_MK.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, Tensor]:
         x, x_scale, weight, w_scale = ctx.saved_tensors
         grad, scale = _round(grad_MN, E5M2)
         # The kernels want the second operand column by column.
-        to_x = torch._scaled_mm(grad, weight.T.contiguous().T, scale, w_scale, out_dtype=grad_MN.dtype)
-        to_weight = torch._scaled_mm(grad.T.contiguous(), x.T.contiguous().T, scale, x_scale, out_dtype=grad_MN.dtype)
+        to_x = _scaled(grad, weight.T.contiguous().T, scale, w_scale, grad_MN.dtype)
+        to_weight = _scaled(grad.T.contiguous(), x.T.contiguous().T, scale, x_scale, grad_MN.dtype)
         return to_x, to_weight
+
+
+def _scaled(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of two matrices in fp8. A CPU has no kernel for it: some take a reference of torch's, a thousand times as slow."""
+    if a.is_cpu:
+        return (a.float() @ b.float() * (a_scale * b_scale)).to(dtype)
+    return torch._scaled_mm(a, b, a_scale, b_scale, out_dtype=dtype)
 
 
 def _round(tensor: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,8 @@ class Life:
         write(folder / "plan.yaml", to_yaml(plan))
         if plan.profile:
             write(folder / "profile.yaml", Path(plan.profile).read_bytes())
-        self.record.event("run", "start", furthest=self.furthest)
+        later = place is not None and place.number > 0  # whose start is none of the run
+        self.record.event("replica" if later else "run", "start", furthest=self.furthest)
 
     def data(self, names: Collection[str]) -> None:
         """The data stages, on one pool of workers."""

@@ -74,6 +74,8 @@ def test_the_others_go_on_and_who_comes_back_gets_their_state(lighthouse, corpus
     other = read(folder / "replica1", "events")
     back = [event["step"] for event in other if event["event"] == "rejoin"]
     assert len([event for event in other if event["event"] == "failure"]) == 2 and back and back[-1] > 25
+    told = json.loads((folder / "summary.json").read_text())["quantities"]
+    assert told["run.interruptions"]["value"] == 2
     killed = losses(folder)
     assert killed.keys() == usual.keys() and max(abs(killed[step] - usual[step]) for step in usual) < 2e-3
 

@@ -49,10 +49,10 @@ def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished(runs)
 
 
-def kill_after(corpus: Path, runs: Path, step: int, how: int) -> subprocess.Popen[str]:
+def kill_after(corpus: Path, runs: Path, step: int, how: int, *words: str) -> subprocess.Popen[str]:
     """Start the run in a session of its own and signal it once its ledger tells of that step."""
     process = subprocess.Popen(
-        command(corpus, runs), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command(corpus, runs), *words], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -95,7 +95,7 @@ def test_killed_at_random_steps_and_resumed_is_bit_equal(corpus, unbroken, tmp_p
 
 def test_ctrl_c_leaves_a_readable_record_and_says_how_to_go_on(corpus, tmp_path):
     runs = tmp_path / "stopped"
-    process = kill_after(corpus, runs, 5, signal.SIGINT)
+    process = kill_after(corpus, runs, 5, signal.SIGINT, "train.steps=100000")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "stopped; the record so far is in" in err and "go on with: foretold real" in err and "Traceback" not in err
