@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.rendezvous import rendezvous
 
 from conf.errors import Refused
@@ -241,12 +242,19 @@ def _child(number: int, device: int, parent: int, port: int, plan: Plan, complai
         if not complaint.is_file():
             write(complaint, json.dumps(refused.problems))
         sys.exit(2)
-    except Exception as error:
-        if any(sign in str(error) for sign in PEERS):  # whoever fell first tells why
+    except (Exception, CheckpointException) as error:
+        if _of_others(error):  # whoever fell first tells why
             print(f"rank {number} lost its peers", file=sys.stderr)
             sys.exit(LOST)
         traceback.print_exc()
         sys.exit(1)
+
+
+def _of_others(error: BaseException) -> bool:
+    """Whether it is other ranks that fell: gloo's words for a lost peer, or a checkpoint that failed elsewhere."""
+    if isinstance(error, CheckpointException) and dist.get_rank() not in error.failures:
+        return True
+    return any(sign in str(error) for sign in PEERS)
 
 
 def _die_with(parent: int) -> None:
