@@ -10,8 +10,9 @@ from pathlib import Path
 from conf.errors import Refused
 from conf.plan import Data
 
-KINDS = (".txt", ".md", ".py", ".rst", ".html", ".jsonl", ".jsonl.gz", ".parquet")
-MANY = (".jsonl", ".jsonl.gz", ".parquet")  # files that hold many documents
+ARCHIVES = (".warc", ".warc.gz", ".warc.lz4", ".warc.zst", ".wet", ".wet.gz", ".arc", ".arc.gz")
+KINDS = (".txt", ".md", ".py", ".rst", ".htm", ".html", ".xhtml", ".jsonl", ".jsonl.gz", ".parquet", *ARCHIVES)
+MANY = (".jsonl", ".jsonl.gz", ".parquet", *ARCHIVES)  # files that hold many documents
 SHARD = 4_000_000  # bytes of input that one task of a data stage reads
 
 

@@ -216,11 +216,23 @@ class Data(Node):
     mixture: list[str] = say("weights in training of files by pattern, as in ['3 *.py', '1 *.md']; empty = as the corpus is")
     tokens: Optional[int] = say("training tokens of a corpus that is not here")
     document_bytes: Bytes = say("expected bytes a document, where a file holds many", must=POSITIVE)
+    extractor: str = say("text of an HTML page: tags = all of it; trafilatura, trafilatura_fast or resiliparse = its main text", "tags",
+                         must=("tags", "trafilatura", "trafilatura_fast", "resiliparse"))  # fmt: skip
+    page_limit: Bytes = say("largest page of HTML or of a web archive that is looked at", "20 MB", must=POSITIVE)
+    page_seconds: Seconds = say("most processor time that one page may take", "30 s", must=POSITIVE)
+    page_memory: Bytes = say("most memory that one page may take", "1 GB", must=POSITIVE)
+    blocklist: Optional[str] = say("file of domains and words, one a line, that keep a page out by its address", None)
+    languages: list[str] = say("languages that stay, as in [en,de]; [any] = all stay, and are told; empty = nobody looks", list)
+    language_score: float = say("least probability of a page's language", 0.65, must=SHARE)
+    mask: bool = say("whether e-mail addresses, public IP addresses and telephone numbers are masked", False)
+    evaluations: list[str] = say("files of evaluation sets; what shares a run of 13 words with one is refused", list)
     filter: str = say("which documents are refused, by the rules of Gopher, C4 or FineWeb; none = none", "none",
                       must=("none", "gopher", "c4", "fineweb"))  # fmt: skip
     filtered: float = say("expected share of text that these rules refuse", 0.0, must=SHARE)
     dedup: str = say("which documents go: exact = repeats; minhash = near-repeats too", "exact", must=("exact", "minhash"))
     duplicates: float = say("expected share of documents that are duplicates", must=SHARE)
+    runner: str = say("who does the tasks: local = processes of this machine; ray = a Ray cluster (RAY_ADDRESS, else one on this machine)",
+                      "local", must=("local", "ray"))  # fmt: skip
     extract_rate: ByteRate = say("expected text extracted, per core", must=POSITIVE)
     dedup_rate: ByteRate = say("expected text deduplicated, per core", must=POSITIVE)
     source: str = say("where the expectations come from")

@@ -102,7 +102,7 @@ def normalised(text: str) -> str:
 def hash_shard(folder: Path, name: str, path: str, sha256: str) -> dict[str, Any]:
     """Pairs of (document id, hash of its normalised text), 16 bytes each."""
     rows = load(verified(path, sha256))
-    pairs = (bytes.fromhex(i) + hashlib.blake2b(normalised(t).encode(), digest_size=16).digest() for i, _, t in rows)
+    pairs = (bytes.fromhex(row.id) + hashlib.blake2b(normalised(row.text).encode(), digest_size=16).digest() for row in rows)
     (folder / f"{name}.hashes").write_bytes(b"".join(pairs))
     return {"hashed": len(rows)}
 
@@ -110,7 +110,7 @@ def hash_shard(folder: Path, name: str, path: str, sha256: str) -> dict[str, Any
 def band_shard(folder: Path, name: str, path: str, sha256: str) -> dict[str, Any]:
     """The bands of a shard's documents, sorted."""
     rows = load(verified(path, sha256))
-    np.save(folder / f"{name}.npy", minhash.entries([i for i, _, _ in rows], [text for _, _, text in rows]))
+    np.save(folder / f"{name}.npy", minhash.entries([row.id for row in rows], [row.text for row in rows]))
     return {"banded": len(rows)}
 
 
@@ -124,10 +124,10 @@ def pair_range(folder: Path, name: str, tables: list[tuple[str, str]], first: in
 def keep_shard(folder: Path, name: str, path: str, sha256: str, gone: list[str], near: str) -> dict[str, Any]:
     rows, exact = load(verified(path, sha256)), set(gone)
     listed = set(Path(near).read_text().split()) if near else set()
-    kept = [row for row in rows if row[0] not in exact and row[0] not in listed]
+    kept = [row for row in rows if row.id not in exact and row.id not in listed]
     save(folder / f"{name}.parquet", kept)
     return {"documents_in": len(rows), "documents": len(kept), "removed": len(rows) - len(kept), "removed_exact": len(exact),
-            "bytes": sum(len(text.encode()) for _, _, text in kept)}  # fmt: skip
+            "bytes": sum(len(row.text.encode()) for row in kept)}  # fmt: skip
 
 
 def verified(path: str, sha256: str) -> Path:

@@ -1,24 +1,103 @@
-"""Extract: files of text → documents, in Parquet shards of id, source, text."""
+"""Extract: files → pages → documents, in Parquet shards of id, source, number, url, language, text.
 
-import gzip
+A page goes through its address, its main text, its language, the rules of quality, the runs that evaluation sets have, and the mask
+over personal data, in this order; the first that refuses it is counted, in documents and in bytes, and shown by a few samples.
+"""
+
 import hashlib
 import json
-from collections.abc import Iterator
-from html.parser import HTMLParser
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from conf.corpus import SHARD, files, kind_of
-from conf.errors import Refused, nearest
+from conf.corpus import ARCHIVES, SHARD, files, kind_of
+from conf.errors import Refused
 from conf.plan import Plan
+from real.contamination import hit
 from real.filters import judge
-from real.stage import Task
+from real.guard import Broken, Guard
+from real.language import known, language
+from real.maintext import LIBRARIES, main_text
+from real.pages import Page, read
+from real.private import masked
+from real.stage import Task, sha256
+from real.urls import Blocklist
 
-VERSION = 1
+VERSION = 3
+SAMPLES = 3  # of each reason, in each shard
+SHOWN = 400  # characters of a sample
+
+
+class Document(NamedTuple):
+    """A text and where it came from."""
+
+    id: str
+    source: str  # file
+    number: int  # of the record or line in it
+    url: str
+    language: str  # "" where nobody looked
+    text: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the plan says of extraction, for the workers."""
+
+    text_field: str
+    extractor: str
+    filter: str
+    languages: tuple[str, ...]
+    language_score: float
+    blocklist: str
+    evaluations: tuple[str, ...]
+    mask: bool
+    page_limit: float
+    page_seconds: float
+    page_memory: float
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Choices":
+        data = plan.data
+        return cls(data.text_field, data.extractor, data.filter, tuple(data.languages), data.language_score, data.blocklist or "",
+                   tuple(data.evaluations), data.mask, data.page_limit, data.page_seconds, data.page_memory)  # fmt: skip
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    return {"version": VERSION, "text_field": plan.data.text_field, "filter": plan.data.filter}
+    """What the shards depend on beside the files: the choices, what is in the files they name, and the libraries."""
+    choices, used = Choices.of(plan), libraries(plan)
+    named = [path for path in (choices.blocklist, *choices.evaluations) if path]
+    return {"version": VERSION, **asdict(choices), "files": [sha256(Path(path)) for path in named], "libraries": used}
+
+
+def libraries(plan: Plan) -> dict[str, str]:
+    """Version of each library that has a say.
+
+    Raises Refused for one that is not installed, a file that does not exist, or a language that is not known.
+    """
+    data = plan.data
+    kinds = {kind_of(path) for path, _ in files(data)}
+    archives = kinds & set(ARCHIVES)
+    wanted = {LIBRARIES[data.extractor]: f"data.extractor={data.extractor}"} if data.extractor in LIBRARIES else {}
+    wanted |= {"py3langid": f"data.languages=[{','.join(data.languages)}]"} if data.languages else {}
+    wanted |= {"fastwarc": f"a {min(archives)} file"} if archives - {".arc", ".arc.gz"} else {}
+    wanted |= {"warcio": f"a {min(archives)} file"} if archives & {".arc", ".arc.gz"} else {}
+    found = {}
+    for library, why in wanted.items():
+        try:
+            found[library] = version(library)
+        except ImportError as error:
+            raise Refused(f"{why} needs {library}, which is not installed; pip install 'foretold[data]'") from error
+    for key, path in (("data.blocklist", data.blocklist), *(("data.evaluations", path) for path in data.evaluations)):
+        if path and not Path(path).is_file():
+            raise Refused(f"{key}={path}: no such file")
+    if unknown := [code for code in data.languages if code not in ("any", *(known() if data.languages else ()))]:
+        raise Refused(
+            f"data.languages: {unknown[0]!r} is no language that py3langid {found['py3langid']} knows; it knows any, {', '.join(known())}"
+        )
+    return found
 
 
 def tasks(plan: Plan) -> Iterator[Task]:
@@ -36,36 +115,111 @@ def tasks(plan: Plan) -> Iterator[Task]:
 
 def _task(number: int, group: list[tuple[str, int]], plan: Plan) -> Task:
     digests = tuple(f"{path}:{size}:{Path(path).stat().st_mtime_ns}" for path, size in group)
-    return Task(f"part-{number:05}", extract, ([path for path, _ in group], plan.data.text_field, plan.data.filter), digests)
+    return Task(f"part-{number:05}", extract, ([path for path, _ in group], Choices.of(plan)), digests)
 
 
-def extract(folder: Path, name: str, paths: list[str], text_field: str, preset: str = "none") -> dict[str, Any]:
-    """Write one shard; a file that cannot be read is counted and named, and costs only itself."""
-    rows: list[tuple[str, str, str]] = []
-    counters: dict[str, int] = {"files": 0, "unreadable": 0, "bytes": 0, "empty": 0, "refused": 0}
-    unreadable = []
-    for path in paths:
+class Refusal(Exception):
+    """A page that does not become a document, by its reason."""
+
+    def __init__(self, reason: str, text: str, **more: Any) -> None:
+        self.reason, self.text, self.more = reason, text, more
+
+
+class Sieve:
+    """What turns a page into a document, or refuses it."""
+
+    def __init__(self, choices: Choices) -> None:
+        self.choices = choices
+        self.guard = Guard(main_text(choices.extractor), choices.page_seconds, choices.page_memory)
+        self.blocked = Blocklist(Path(choices.blocklist)) if choices.blocklist else None
+        self.counted: Counter[str] = Counter()
+
+    def document(self, page: Page, source: str) -> Document:
+        """Raises Refusal."""
+        choices = self.choices
+        if self.blocked and page.url and (entry := self.blocked.hit(page.url)):
+            raise Refusal("url", page.url, entry=entry)
+        text = self._text(page)
+        if not text.strip():
+            raise Refusal("empty", "")
+        self.counted["bytes"] += len(text.encode())
+        code = self._language(text)
+        if choices.filter != "none":
+            kept, rule = judge(text, choices.filter)
+            if rule:
+                raise Refusal(rule, text)
+            self.counted["dropped bytes"] += len(text.encode()) - len(kept.encode())
+            text = kept
+        if choices.evaluations and (found := hit(text, choices.evaluations, choices.text_field)):
+            raise Refusal("contaminated", text, **found._asdict())
+        if choices.mask:
+            text, kinds = masked(text)
+            self.counted.update({f"masked: {kind}": number for kind, number in kinds.items()})
+        return Document(document_id(source, page.number), source, page.number, page.url, code, text)
+
+    def _text(self, page: Page) -> str:
+        if not page.html:
+            return page.text
         try:
-            texts = list(read(Path(path), text_field))
-        except (OSError, ValueError, EOFError) as error:
-            counters["unreadable"] += 1
-            unreadable.append(f"{path}: {error}")
-            continue
-        counters["files"] += 1
-        for number, text in enumerate(texts):
-            counters["bytes"] += len(text.encode())
-            kept, refused = judge(text, preset) if preset != "none" and text.strip() else (text, None)
-            if refused:
-                counters["refused"] += 1
-                counters[f"refused: {refused}"] = counters.get(f"refused: {refused}", 0) + 1
-            elif kept.strip():
-                rows.append((document_id(path, number), path, kept))
-            else:
-                counters["empty"] += 1
+            return str(self.guard.call(page.text))
+        except Broken as why:
+            raise Refusal(f"page {why}", page.text[:SHOWN]) from why
+
+    def _language(self, text: str) -> str:
+        choices = self.choices
+        if not choices.languages:
+            return ""
+        code, score = language(text)
+        self.counted[f"language: {code}"] += 1
+        if "any" not in choices.languages and (code not in choices.languages or score < choices.language_score):
+            raise Refusal("language", text, language=code, score=round(score, 4))
+        return code
+
+
+def extract(folder: Path, name: str, paths: Sequence[str], choices: Choices) -> dict[str, Any]:
+    """Write one shard; a file that is damaged is counted and named, and costs what follows the damage."""
+    sieve, rows = Sieve(choices), []
+    counted, damaged, samples = sieve.counted, list[str](), list[dict[str, Any]]()
+    counted.update(dict.fromkeys(("files", "read", "unreadable", "bytes", "empty", "refused", "pages"), 0))
+    try:
+        for path in paths:
+            counted["files"] += 1
+            counted["read"] += Path(path).stat().st_size
+            try:
+                for page in read(Path(path), choices.text_field, choices.page_limit, counted):
+                    counted["pages"] += 1
+                    try:
+                        rows.append(sieve.document(page, path))
+                    except Refusal as refusal:
+                        _refuse(refusal, page, path, counted, samples)
+            except (OSError, ValueError, EOFError) as error:
+                counted["unreadable"] += 1
+                counted["files"] -= 1
+                damaged.append(f"{path}: {error}")
+    finally:
+        sieve.guard.close()
     save(folder / f"{name}.parquet", rows)
-    if unreadable:
-        (folder / f"{name}.unreadable.txt").write_text("\n".join(unreadable) + "\n")
-    return counters | {"documents": len(rows)}
+    _listed(folder / f"{name}.unreadable.txt", damaged)
+    _listed(folder / f"{name}.refused.jsonl", [json.dumps(sample, ensure_ascii=False) for sample in samples])
+    return dict(counted) | {"documents": len(rows), "document bytes": sum(len(row.text.encode()) for row in rows)}
+
+
+def _refuse(refusal: Refusal, page: Page, path: str, counted: Counter[str], samples: list[dict[str, Any]]) -> None:
+    reason = refusal.reason
+    if reason == "empty":
+        counted["empty"] += 1
+        return
+    counted["refused"] += 1
+    counted[f"refused: {reason}"] += 1
+    counted[f"refused bytes: {reason}"] += len(refusal.text.encode())
+    if counted[f"refused: {reason}"] <= SAMPLES or reason == "contaminated":  # of those each is reported
+        told = {"reason": reason, "source": path, "number": page.number, "url": page.url, **refusal.more}
+        samples.append(told | {"text": refusal.text[:SHOWN]})
+
+
+def _listed(path: Path, lines: list[str]) -> None:
+    if lines:
+        path.write_text("".join(f"{line}\n" for line in lines))
 
 
 def document_id(source: str, number: int) -> str:
@@ -73,88 +227,19 @@ def document_id(source: str, number: int) -> str:
     return hashlib.blake2b(f"{source}\0{number}".encode(), digest_size=16).hexdigest()
 
 
-def read(path: Path, text_field: str) -> Iterator[str]:
-    """Texts of one file, by its ending."""
-    kind = kind_of(path)
-    if kind == ".parquet":
-        yield from _read_parquet(path, text_field)
-    elif kind in (".jsonl", ".jsonl.gz"):
-        yield from _read_lines(path, text_field)
-    else:
-        text = path.read_bytes().decode("utf-8", errors="replace").replace("\0", "")
-        yield plain_text(text) if kind == ".html" else text
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+def save(path: Path, rows: Sequence[Document]) -> None:
+    """Rows by id, so that a shard's bytes depend on its documents alone."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"no Parquet file: {error}") from error
-    names = file.schema_arrow.names
-    if text_field not in names:
-        raise Refused(f"{path} has no column {text_field}; {nearest(text_field, names)}; set data.text_field=…")
-    for batch in file.iter_batches(columns=[text_field]):
-        yield from (text or "" for text in batch.column(0).to_pylist())
+    types = {"number": pa.int64()}
+    columns = list(zip(*sorted(rows), strict=True)) or [()] * len(Document._fields)
+    arrays = {name: pa.array(values, types.get(name, pa.large_string())) for name, values in zip(Document._fields, columns, strict=True)}
+    pq.write_table(pa.table(arrays), path, compression="zstd")
 
 
-def _read_lines(path: Path, text_field: str) -> Iterator[str]:
-    opener = gzip.open if path.name.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if line.strip():
-                row = json.loads(line)
-                if text_field not in row:
-                    raise Refused(f"{path} has a line without {text_field}; it has {', '.join(row)}; set data.text_field=…")
-                yield str(row[text_field])
-
-
-class _Text(HTMLParser):
-    """The words of a page without its tags, scripts and styles."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: list[str] = []
-        self.hidden = 0
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.hidden += tag in ("script", "style")
-        if tag in ("p", "br", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre"):
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.hidden -= tag in ("script", "style") and self.hidden > 0
-
-    def handle_data(self, data: str) -> None:
-        if not self.hidden:
-            self.parts.append(data)
-
-
-def plain_text(html: str) -> str:
-    """
-    >>> plain_text("<h1>A</h1><p>b &amp; c<script>x()</script></p>")
-    'A\\nb & c'
-    """
-    parser = _Text()
-    parser.feed(html)
-    parser.close()
-    lines = (" ".join(line.split()) for line in "".join(parser.parts).split("\n"))
-    return "\n".join(line for line in lines if line)
-
-
-def save(path: Path, rows: list[tuple[str, str, str]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = list(zip(*sorted(rows), strict=True)) or [(), (), ()]
-    table = pa.table({name: pa.array(values, pa.large_string()) for name, values in zip(("id", "source", "text"), columns, strict=True)})
-    pq.write_table(table, path, compression="zstd")
-
-
-def load(path: Path) -> list[tuple[str, str, str]]:
+def load(path: Path) -> list[Document]:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    return list(zip(*(table.column(name).to_pylist() for name in ("id", "source", "text")), strict=True))
+    return list(map(Document, *(table.column(name).to_pylist() for name in Document._fields)))

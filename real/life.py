@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from conf.plan import Plan
 from conf.program import to_yaml
 from conf.record import STATES, Record, read, read_all, read_summary, seal, summarise
 from real import dedup, extract, stage, tokens
+from real.engine import engine
 from real.heartbeat import Stopped, clock
 from real.place import Place, join
 from real.stage import Manifest
@@ -46,7 +47,7 @@ class Life:
         if self.plan.data.path is None:
             raise Refused(NO_CORPUS)
         began = self.record.now()
-        with stage.workers(min(self.plan.cluster.gpus_per_node, self.plan.cluster.cores_per_node)) as pool:
+        with engine(self.plan) as pool:
             self._spend("init", "run", began)
             try:
                 for name in names:
@@ -55,7 +56,7 @@ class Life:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _stage(self, name: str, pool: ProcessPoolExecutor) -> None:
+    def _stage(self, name: str, pool: Executor) -> None:
         began = self.record.now()
         self.record.event(name, "start")
         self.record.flush()
@@ -82,7 +83,7 @@ class Life:
     def _progress(self, name: str) -> Callable[[float], None]:
         return lambda share: self.say(f"\r{name} {share:.0%}")
 
-    def _extract(self, pool: ProcessPoolExecutor) -> Manifest:
+    def _extract(self, pool: Executor) -> Manifest:
         facts = {"path": self.plan.data.path, "tasks_of": SHARD}
         done = stage.run(
             self.folder / "extract", extract.tasks(self.plan), extract.config(self.plan), pool, facts, self._progress("extract")
@@ -94,7 +95,7 @@ class Life:
             raise Refused(f"data.path={self.plan.data.path} gave no document: {why}; see {self.folder / 'extract'}")
         return done
 
-    def _dedup(self, pool: ProcessPoolExecutor) -> Manifest:
+    def _dedup(self, pool: Executor) -> Manifest:
         folder, began = self.folder / "dedup", time.perf_counter()
         extracted = Manifest.read(self.folder / "extract")
         config, how = dedup.config(self.plan.data.dedup), self.plan.data.dedup
@@ -107,7 +108,7 @@ class Life:
         done = stage.run(folder, dedup.keep_tasks(extracted, hashed, near), config, pool, config, self._progress("dedup"))
         return self._timed(done, began)
 
-    def _tokens(self, pool: ProcessPoolExecutor) -> Manifest:
+    def _tokens(self, pool: Executor) -> Manifest:
         folder, began = self.folder / "tokens", time.perf_counter()
         documents = Manifest.read(self.folder / "dedup")
         self.say("\rtokens: training the tokenizer")

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def _ready(_: int) -> None:
     import tokenizers  # noqa: F401
 
 
-def run(folder: Path, tasks: Iterable[Task], config: Mapping[str, Any], pool: ProcessPoolExecutor,
+def run(folder: Path, tasks: Iterable[Task], config: Mapping[str, Any], pool: Executor,
         facts: Mapping[str, Any], progress: Callable[[float], None]) -> Manifest:  # fmt: skip
     """Run the tasks that have no valid receipt, then write the manifest."""
     began = time.perf_counter()

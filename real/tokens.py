@@ -47,11 +47,11 @@ def sample(documents: Manifest, limit: float) -> Iterator[str]:
     """Texts, shard after shard, until `limit` bytes."""
     total = 0.0
     for output in documents.paths(".parquet"):
-        for _, _, text in load(documents.verified(output)):
+        for document in load(documents.verified(output)):
             if total >= limit:
                 return
-            total += len(text.encode())
-            yield text
+            total += len(document.text.encode())
+            yield document.text
 
 
 def tasks(documents: Manifest, tokenizer: Path, plan: Plan) -> Iterator[Task]:
@@ -72,15 +72,15 @@ def encode(folder: Path, name: str, path: str, digest: str, tokenizer: str, held
     dtype = np.uint16 if coder.get_vocab_size() < 65500 else np.int32  # Megatron's own threshold
     rows = load(verified(path, digest))
     splits: dict[str, list[np.ndarray]] = {split: [] for split in (*trained(mixture), "held_out")}
-    for (identity, source, _), ids in zip(rows, coder.encode_batch_fast([text for _, _, text in rows]), strict=True):
-        split = "held_out" if int(identity[:8], 16) < held_out * 2**32 else _part(source, mixture)
+    for row, ids in zip(rows, coder.encode_batch_fast([row.text for row in rows]), strict=True):
+        split = "held_out" if int(row.id[:8], 16) < held_out * 2**32 else _part(row.source, mixture)
         if split is not None:
             splits[split].append(np.array([*ids.ids, end], dtype))
     for split, documents in splits.items():
         write_shard(folder / f"{split}-{name}", documents)
     counts = {split: int(sum(map(len, documents))) for split, documents in splits.items()}
     held = counts.pop("held_out")
-    return {"bytes": sum(len(text.encode()) for _, _, text in rows), "documents": len(rows), "train_tokens": sum(counts.values()),
+    return {"bytes": sum(len(row.text.encode()) for row in rows), "documents": len(rows), "train_tokens": sum(counts.values()),
             "held_out_tokens": held}  # fmt: skip
 
 

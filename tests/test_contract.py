@@ -16,7 +16,8 @@ ALONE = {
     "sim": {"story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
             "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
-        "attention", "bigram", "buddy", "data", "dry", "filters", "fp8", "heartbeat", "huggingface", "initial", "integrity", "layers",
+        "attention", "bigram", "buddy", "contamination", "data", "dry", "engine", "filters", "fp8", "guard", "language", "maintext",
+        "pages", "private", "urls", "heartbeat", "huggingface", "initial", "integrity", "layers",
         "loss", "measure", "minhash", "model", "moe", "muon", "optim", "pipeline", "place", "profile", "progress", "resume", "slurm",
         "stability", "stage", "storage", "straggler", "tiers", "trainer",
     },
