@@ -317,6 +317,8 @@ class Train(Node):
                         must=NOT_NEGATIVE)  # fmt: skip
     optimizer: str = say("adamw, adamw8bit (moments in 8 bits; needs the extra adam8bit) or muon (on the matrices of the blocks)", "adamw",
                          must=("adamw", "adamw8bit", "muon"))  # fmt: skip
+    packing: str = say("what a sequence is: stream = the next seq_len tokens; best_fit = whole documents, longer ones cut", "stream",
+                       must=("stream", "best_fit"))  # fmt: skip
     document_mask: bool = say("whether a token attends only to its own document, where several are packed into a sequence", False)
     learning_rate: float = say("peak learning rate", must=POSITIVE)
     final_rate: float = say("last learning rate as a share of the peak", must=SHARE)

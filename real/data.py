@@ -61,6 +61,8 @@ def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
 class Tokens:
     """The token stream of one split, cut into windows of seq_len inputs and as many targets, shifted by one."""
 
+    packed = False
+
     def __init__(self, folder: Path, split: str, seq_len: int) -> None:
         manifest = Manifest.read(folder)
         self.seq_len = seq_len
@@ -85,8 +87,11 @@ class Tokens:
 
     def window(self, index: int) -> np.ndarray:
         """Tokens of window `index`, one more than seq_len, int64."""
-        start, parts = index * self.seq_len, []
-        left = self.seq_len + 1
+        return self._read(index * self.seq_len, self.seq_len + 1)
+
+    def _read(self, start: int, left: int) -> np.ndarray:
+        """So many tokens of the stream."""
+        parts = []
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while left:
             offset = start - self.starts[shard]
@@ -101,6 +106,48 @@ class Tokens:
         return np.searchsorted(self.ends, np.arange(start, start + self.seq_len + 1), side="right")
 
 
+class Packed(Tokens):
+    """The same tokens in the sequences of a packing index: windows of whole documents, or of pieces of long ones.
+
+    What is left of a window is filled with the first token; there, and across the end of a document, nothing is predicted.
+    """
+
+    packed = True
+
+    def __init__(self, folder: Path, split: str, seq_len: int) -> None:
+        super().__init__(folder, split, seq_len)
+        manifest = Manifest.read(folder / "packs")
+        held = next((output for output in manifest.outputs if output["path"] == f"{split}.npy"), None)
+        if held is None:
+            raise Refused(f"{folder / 'packs'} has no packs of {split}; run foretold real with only=tokens")
+        self.pieces = np.load(manifest.verified(held), mmap_mode="r")
+        self.first = np.searchsorted(self.pieces["pack"], np.arange(self.pieces["pack"].max(initial=-1) + 2))
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def _pieces(self, index: int) -> list[tuple[int, int]]:
+        """Where each piece starts in the stream, and its tokens; of a cut document also the one that its last token is to predict."""
+        rows = self.pieces[self.first[index] : self.first[index + 1]]
+        pieces = [(int(row["start"]), int(row["length"])) for row in rows]
+        start, length = pieces[-1]
+        goes_on = length == self.seq_len and self.ends[np.searchsorted(self.ends, start + length)] != start + length
+        return [(start, length + 1)] if goes_on else pieces
+
+    def window(self, index: int) -> np.ndarray:
+        parts = [self._read(start, length) for start, length in self._pieces(index)]
+        found = np.zeros(self.seq_len + 1, np.int64)
+        found[: sum(map(len, parts))] = np.concatenate(parts)
+        return found
+
+    def documents(self, index: int) -> np.ndarray:
+        """The piece of each token; what fills the rest is of no document, each a document by itself."""
+        lengths = [length for _, length in self._pieces(index)]
+        found = np.arange(len(lengths), len(lengths) + self.seq_len + 1)
+        found[: sum(lengths)] = np.repeat(np.arange(len(lengths)), lengths)
+        return found
+
+
 def trained(mixture: Iterable[str]) -> list[str]:
     """Names of the splits that are trained on: one a pattern of the mixture, or one for all."""
     return [f"train{i}" for i, _ in enumerate(mixture)] or ["train"]
@@ -111,6 +158,7 @@ class Streams:
 
     def __init__(self, parts: Sequence[Tokens]) -> None:
         self.parts = list(parts)
+        self.packed = any(part.packed for part in parts)
         self.first = [0, *accumulate(map(len, self.parts))]
 
     def __len__(self) -> int:
@@ -184,7 +232,8 @@ def training(folder: Path, plan: Plan) -> tuple[Streams, Order | Blend]:
     Raises Refused when it is less than a batch, or a pattern of the mixture fits nothing.
     """
     mixture = plan.data.weights
-    streams = Streams([Tokens(folder, split, plan.train.seq_len) for split in trained(mixture)])
+    kind = Packed if plan.train.packing == "best_fit" else Tokens
+    streams = Streams([kind(folder, split, plan.train.seq_len) for split in trained(mixture)])
     for pattern, part in zip(mixture, streams.parts, strict=False):
         if not len(part):
             raise Refused(
@@ -228,10 +277,11 @@ def batch_of(tokens: Streams | Tokens, windows: Sequence[int], document_mask: bo
     """The sequences of these windows; across a document's end nothing is predicted when documents are kept apart."""
     both = torch.from_numpy(np.stack([tokens.window(i) for i in windows]))
     inputs, targets = both[:, :-1].contiguous(), both[:, 1:].contiguous()
-    if not document_mask:
+    if not document_mask and not tokens.packed:
         return Batch(inputs, targets, None)
     documents = torch.from_numpy(np.stack([tokens.documents(i) for i in windows]))
-    return Batch(inputs, targets.where(documents[:, :-1] == documents[:, 1:], IGNORED), documents[:, :-1])
+    targets = targets.where(documents[:, :-1] == documents[:, 1:], IGNORED)
+    return Batch(inputs, targets, documents[:, :-1] if document_mask else None)
 
 
 class Batches:

@@ -12,7 +12,7 @@ from conf.files import write
 from conf.plan import Plan
 from conf.program import to_yaml
 from conf.record import STATES, Record, read, read_all, read_summary, seal, summarise
-from real import dedup, extract, stage, tokens
+from real import dedup, extract, packing, stage, tokens
 from real.engine import engine
 from real.heartbeat import Stopped, clock
 from real.place import Place, join
@@ -117,6 +117,10 @@ class Life:
         done = stage.run(
             folder, tokens.tasks(documents, tokenizer, self.plan), tokens.config(self.plan), pool, facts, self._progress("tokens")
         )
+        if self.plan.train.packing == "best_fit":
+            config, show = packing.config(self.plan), self._progress("tokens, packing")
+            packs = stage.run(folder / "packs", packing.tasks(done, self.plan), config, pool, {}, show)
+            done.counters |= packs.counters
         return self._timed(done, began)
 
     @staticmethod
@@ -202,4 +206,5 @@ def told(name: str, manifest: Manifest) -> str:
         near = c["removed"] - c["removed_exact"]
         nearly = f" ({near:,.0f} of them nearly the same as another)" if near else ""
         return f"dedup: {c['documents']:,.0f} documents stay, {c['removed']:,.0f} removed{nearly} in {manifest.seconds:.1f} s"
-    return f"tokens: {c['train_tokens']:,.0f} for training, {c['held_out_tokens']:,.0f} held out in {manifest.seconds:.1f} s"
+    packs = f", in {c['packs']:,.0f} sequences that are {c['tokens'] / c['room']:.2%} full" if "packs" in c else ""
+    return f"tokens: {c['train_tokens']:,.0f} for training{packs}, {c['held_out_tokens']:,.0f} held out in {manifest.seconds:.1f} s"

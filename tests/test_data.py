@@ -205,6 +205,8 @@ MESHES = [
 class Numbered:
     """Windows that hold their own number."""
 
+    packed = False
+
     def __init__(self, windows: int) -> None:
         self.windows = windows
 

@@ -29,6 +29,8 @@ torch.set_num_threads(1)
 class Stream:
     """Random tokens in documents of random lengths, as real.data.Tokens gives them."""
 
+    packed = False
+
     def __init__(self, plan: Plan, windows: int = 256) -> None:
         dice = np.random.default_rng(5)
         self.seq_len, self.windows = plan.train.seq_len, windows
