@@ -10,13 +10,13 @@ import numpy as np
 
 from conf.files import write
 from conf.plan import Plan
+from real import bpe
 from real.data import trained, write_shard
 from real.dedup import verified
 from real.extract import load
 from real.stage import Manifest, Task, sha256
 
-VERSION = 1
-END = "<|endoftext|>"
+VERSION = 2
 
 
 def config(plan: Plan) -> dict[str, Any]:
@@ -30,15 +30,8 @@ def train_tokenizer(folder: Path, documents: Manifest, plan: Plan) -> Path:
     inputs = json.dumps([config(plan), [o["sha256"] for o in documents.paths(".parquet")]])
     if path.is_file() and slip.is_file() and slip.read_text() == inputs:
         return path
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=plan.tokenizer.vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(sample(documents, plan.tokenizer.sample), trainer)
-    write(path, tokenizer.to_str())
+    trained, _ = bpe.train(sample(documents, plan.tokenizer.sample), plan.tokenizer.vocab)
+    write(path, trained)
     write(slip, inputs)
     return path
 
@@ -65,17 +58,15 @@ def tasks(documents: Manifest, tokenizer: Path, plan: Plan) -> Iterator[Task]:
 def encode(folder: Path, name: str, path: str, digest: str, tokenizer: str, held_out: float, mixture: tuple[str, ...]) -> dict[str, Any]:
     """Write train-… and held_out-… shards; a document's split depends on its id alone. With a mixture train0-…, train1-… hold
     the documents whose file fits the first pattern, the second, …; those that fit none are left out."""
-    from tokenizers import Tokenizer
-
-    coder = Tokenizer.from_file(tokenizer)
-    end = coder.token_to_id(END)
-    dtype = np.uint16 if coder.get_vocab_size() < 65500 else np.int32  # Megatron's own threshold
-    rows = load(verified(path, digest))
+    coder, rows = bpe.Coder(tokenizer), load(verified(path, digest))
+    texts = [row.text for row in rows]
+    coder.check(texts)
+    dtype = np.uint16 if coder.vocab < 65500 else np.int32  # Megatron's own threshold
     splits: dict[str, list[np.ndarray]] = {split: [] for split in (*trained(mixture), "held_out")}
-    for row, ids in zip(rows, coder.encode_batch_fast([row.text for row in rows]), strict=True):
+    for row, ids in zip(rows, coder.encode(texts), strict=True):
         split = "held_out" if int(row.id[:8], 16) < held_out * 2**32 else _part(row.source, mixture)
         if split is not None:
-            splits[split].append(np.array([*ids.ids, end], dtype))
+            splits[split].append(np.append(ids, coder.end).astype(dtype))
     for split, documents in splits.items():
         write_shard(folder / f"{split}-{name}", documents)
     counts = {split: int(sum(map(len, documents))) for split, documents in splits.items()}
