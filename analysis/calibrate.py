@@ -235,9 +235,9 @@ def _data(plan: Plan, folder: Path) -> dict[str, Parameter]:
     busy = {stage: min(cores, detail.get("tasks", cores)) for stage, detail in ends.items()}
     found: dict[str, float] = {}
     if "extract.seconds" in told:
-        found["extract_rate"] = told["extract.bytes"] / told["extract.seconds"] / busy["extract"]
+        found["extract_rate"] = told.get("extract.read", told["extract.bytes"]) / told["extract.seconds"] / busy["extract"]
     if "dedup.seconds" in told and "extract.bytes" in told:
-        found["dedup_rate"] = told["extract.bytes"] / told["dedup.seconds"] / busy["dedup"]
+        found["dedup_rate"] = told.get("dedup.read", told["extract.bytes"]) / told["dedup.seconds"] / busy["dedup"]
     if "tokens.seconds" in told:
         training = told["tokens.tokenizer_seconds"]
         found["train_rate"] = min(plan.tokenizer.sample, told["tokens.bytes"]) / training / plan.cluster.cores_per_node

@@ -215,7 +215,13 @@ class Data(Node):
     held_out: float = say("share of documents kept for evaluation", must=SHARE)
     mixture: list[str] = say("weights in training of files by pattern, as in ['3 *.py', '1 *.md']; empty = as the corpus is")
     tokens: Optional[int] = say("training tokens of a corpus that is not here")
+    raw: Optional[Bytes] = say("bytes in the files of a corpus that is not here but is to be made into tokens; null = tokens exist", None,
+                               must=POSITIVE)  # fmt: skip
+    raw_files: int = say("files that these bytes are in", 1, must=POSITIVE)
     document_bytes: Bytes = say("expected bytes a document, where a file holds many", must=POSITIVE)
+    text_yield: float = say(
+        "expected bytes of text from a byte of the files: of compressed web archives a few hundredths", 1.0, must=POSITIVE
+    )
     extractor: str = say("text of an HTML page: tags = all of it; trafilatura, trafilatura_fast or resiliparse = its main text", "tags",
                          must=("tags", "trafilatura", "trafilatura_fast", "resiliparse"))  # fmt: skip
     page_limit: Bytes = say("largest page of HTML or of a web archive that is looked at", "20 MB", must=POSITIVE)
@@ -233,7 +239,9 @@ class Data(Node):
     duplicates: float = say("expected share of documents that are duplicates", must=SHARE)
     runner: str = say("who does the tasks: local = processes of this machine; ray = a Ray cluster (RAY_ADDRESS, else one on this machine)",
                       "local", must=("local", "ray"))  # fmt: skip
-    extract_rate: ByteRate = say("expected text extracted, per core", must=POSITIVE)
+    spread: float = say("expected spread of a task's time: sigma of its logarithm", 0.0, must=NOT_NEGATIVE)
+    failing: float = say("expected share of tasks that fail at a random point and are done again", 0.0, must=SHARE)
+    extract_rate: ByteRate = say("expected bytes of files extracted, per core", must=POSITIVE)
     dedup_rate: ByteRate = say("expected text deduplicated, per core", must=POSITIVE)
     source: str = say("where the expectations come from")
 

@@ -92,6 +92,8 @@ QUANTITIES: dict[str, tuple[str, str]] = {
     "documents": ("count", "documents that left the stage"),
     "documents_per_s": ("1/s", "documents that entered the stage, a second"),
     "bytes": ("B", "bytes of text that entered the stage"),
+    "read": ("B", "bytes that the stage read"),
+    "shuffle_bytes": ("B", "bytes that went from worker to worker"),
     "removed_fraction": ("1", "share of documents removed"),
     "power": ("W", "power at the building's meter"),
     "seconds": ("s", "wall clock of the stage"),

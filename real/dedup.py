@@ -14,7 +14,7 @@ import numpy as np
 
 from conf.files import write
 from real import minhash
-from real.extract import load, save
+from real.extract import Document, load, save
 from real.stage import Manifest, Task, sha256
 
 VERSION = 2
@@ -126,8 +126,12 @@ def keep_shard(folder: Path, name: str, path: str, sha256: str, gone: list[str],
     listed = set(Path(near).read_text().split()) if near else set()
     kept = [row for row in rows if row.id not in exact and row.id not in listed]
     save(folder / f"{name}.parquet", kept)
-    return {"documents_in": len(rows), "documents": len(kept), "removed": len(rows) - len(kept), "removed_exact": len(exact),
-            "bytes": sum(len(row.text.encode()) for row in kept)}  # fmt: skip
+    return {"documents_in": len(rows), "read": _bytes(rows), "documents": len(kept), "removed": len(rows) - len(kept),
+            "removed_exact": len(exact), "bytes": _bytes(kept)}  # fmt: skip
+
+
+def _bytes(rows: list[Document]) -> int:
+    return sum(len(row.text.encode()) for row in rows)
 
 
 def verified(path: str, sha256: str) -> Path:

@@ -100,12 +100,14 @@ class Life:
         extracted = Manifest.read(self.folder / "extract")
         config, how = dedup.config(self.plan.data.dedup), self.plan.data.dedup
         hashed = stage.run(folder / "hashes", dedup.hash_tasks(extracted), config, pool, {}, lambda _: None)
-        near = None
+        near, moved = None, [hashed]
         if how == "minhash":
             banded = stage.run(folder / "bands", dedup.band_tasks(extracted), config, pool, {}, self._progress("dedup, signatures"))
             paired = stage.run(folder / "pairs", dedup.pair_tasks(banded), config, pool, {}, self._progress("dedup, pairs"))
             near = dedup.near_duplicates(paired)
+            moved.append(banded)
         done = stage.run(folder, dedup.keep_tasks(extracted, hashed, near), config, pool, config, self._progress("dedup"))
+        done.counters["shuffle_bytes"] = sum(output["bytes"] for manifest in moved for output in manifest.outputs)
         return self._timed(done, began)
 
     def _tokens(self, pool: Executor) -> Manifest:
@@ -185,9 +187,16 @@ def measured(name: str, manifest: Manifest) -> dict[str, float]:
     """What a data stage says of itself."""
     c, seconds = manifest.counters, max(manifest.seconds, 1e-9)
     if name == "extract":
-        return {"seconds": seconds, "bytes": c["bytes"], "documents": c["documents"], "documents_per_s": c["documents"] / seconds}
+        return {
+            "seconds": seconds,
+            "read": c["read"],
+            "bytes": c["bytes"],
+            "documents": c["documents"],
+            "documents_per_s": c["documents"] / seconds,
+        }
     if name == "dedup":
-        return {"seconds": seconds, "documents": c["documents"], "documents_per_s": c["documents_in"] / seconds,
+        return {"seconds": seconds, "read": c["read"], "documents": c["documents"], "documents_per_s": c["documents_in"] / seconds,
+                "shuffle_bytes": c["shuffle_bytes"],
                 "removed_fraction": c["removed"] / max(1, c["documents_in"])}  # fmt: skip
     count = c["train_tokens"] + c["held_out_tokens"]
     return {"seconds": seconds, "bytes": c["bytes"], "tokens": count, "tokens_per_s": count / seconds,

@@ -6,13 +6,16 @@ A garage: cars on the road, spare cars in the yard, broken ones in the workshop.
 import math
 from collections.abc import Generator, Sequence
 from typing import Any, TypeAlias, TypeVar
+from zlib import crc32
 
+import numpy as np
 import simpy
 
 from conf.plan import Plan
 from sim.kernels import Rates
 from sim.timeline import Bar, Timeline
 
+MANY = 20_000  # tasks that are simulated one by one
 T = TypeVar("T")
 Course: TypeAlias = Generator[simpy.Event, Any, T]  # what takes simulated time and then returns a T
 
@@ -33,19 +36,38 @@ class World:
         self.timeline.event(self.now, stage, event, step, **detail)
 
 
-def pool(world: World, stage: str, seconds: Sequence[float]) -> Course[None]:
-    """Workers that each take the next task until none is left."""
-    cluster = world.plan.cluster
-    count = min(len(seconds), cluster.nodes * min(cluster.gpus_per_node, cluster.cores_per_node))
-    tasks = iter(enumerate(seconds))
+def pool(world: World, stage: str, seconds: Sequence[float], moved: float) -> Course[None]:
+    """Workers that each take the next task until none is left.
+
+    `moved` bytes come from the storage, which all share: where it is slower than the workers it sets their pace. A task that fails is done
+    again by whoever is free next. Beyond MANY tasks, workers go in gangs with a gang's share of tasks each: the sum is the same.
+    """
+    plan, dice = world.plan, np.random.default_rng([world.plan.seed, crc32(stage.encode())])
+    workers = min(len(seconds), crew(plan))
+    times = np.asarray(seconds) * dice.lognormal(-(plan.data.spread**2) / 2, plan.data.spread, len(seconds))  # of mean 1
+    times *= max(1.0, moved / plan.cluster.storage_read / max(sum(seconds) / workers, 1e-12)) if plan.data.runner == "ray" else 1.0
+    failed = times[dice.random(len(times)) < plan.data.failing]
+    times = np.concatenate([times, failed * dice.random(len(failed))])  # what was done before they failed, somewhere between
+    gang = -(-len(times) // MANY)
+    pairs = [(float(part.sum()) / gang, int(part.size)) for part in np.array_split(times, -(-len(times) // gang))]
+    tasks = iter(enumerate(pairs))
 
     def work(number: int) -> Course[None]:
-        for task, duration in tasks:
+        for task, (duration, count) in tasks:
             start = world.now
             yield world.env.timeout(duration)
-            world.timeline.bars.append(Bar(f"task {task}", start, world.now, stage, f"worker {number}"))
+            name = f"task {task}" if count == 1 else f"{count} tasks"
+            world.timeline.bars.append(Bar(name, start, world.now, stage, f"worker {number}"))
 
-    yield world.env.all_of([world.env.process(work(number)) for number in range(count)])
+    yield world.env.all_of([world.env.process(work(number)) for number in range(max(1, workers // gang))])
+
+
+def crew(plan: Plan) -> int:
+    """Workers of the data stages: a core each, of one server, or with a cluster engine of all."""
+    cluster = plan.cluster
+    if plan.data.runner == "ray":
+        return cluster.nodes * cluster.cores_per_node
+    return min(cluster.gpus_per_node, cluster.cores_per_node)
 
 
 def per_second(count: float, seconds: float) -> float:

@@ -1,24 +1,37 @@
-"""Dedup: of documents with the same text, one stays."""
+"""Dedup: of documents with the same text, or nearly the same, one stays.
+
+What is shuffled are 32 bytes a document for the exact ones (real/dedup.py) and 14 bands of 40 bytes for the nearly equal (real/minhash.py):
+written once and read once by whoever has their range.
+"""
 
 from conf.plan import Data
 from sim.cluster import Course, World, per_second, pool
 from sim.extract import Corpus
 
+EXACT, BANDS = 32.0, 14 * 40.0  # bytes a document
+
 
 def unique(text: Corpus, data: Data) -> Corpus:
     """What is left when the expected share of duplicates is gone from every shard."""
-    stays = 1 - data.duplicates
-    return Corpus(tuple(size * stays for size in text.shards), text.documents * stays)
+    return text.times(1 - data.duplicates)
+
+
+def shuffled(text: Corpus, data: Data) -> float:
+    """Bytes that the shuffle writes, and reads again."""
+    return text.documents * (EXACT + (BANDS if data.dedup == "minhash" else 0.0))
 
 
 def dedup(world: World, text: Corpus) -> Course[dict[str, float]]:
     """Compare every shard on the pool; returns what the stage says of itself."""
     began, data = world.now, world.plan.data
-    yield from pool(world, "dedup", [size / world.rates.dedup_rate for size in text.shards])
+    moved = shuffled(text, data)
+    yield from pool(world, "dedup", [size / world.rates.dedup_rate for size in text.shards], text.bytes + 2 * moved)
     seconds = world.now - began
     return {
         "seconds": seconds,
+        "read": text.bytes,
         "documents": unique(text, data).documents,
         "documents_per_s": per_second(text.documents, seconds),
         "removed_fraction": data.duplicates,
+        "shuffle_bytes": moved,
     }

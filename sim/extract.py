@@ -21,12 +21,20 @@ class Corpus:
     def bytes(self) -> float:
         return sum(self.shards)
 
+    def times(self, share: float) -> "Corpus":
+        """The same shards with this share of text and of documents."""
+        return Corpus(tuple(size * share for size in self.shards), self.documents * share)
+
 
 def corpus(data: Data) -> Corpus:
-    """The text that the plan names, in groups of files of about SHARD bytes."""
+    """The files that the plan names, in groups of about SHARD bytes; of a corpus that is not here a group is a file, if it is larger."""
+    if data.path is None:
+        assert data.raw is not None, "a plan without a corpus reads no files"
+        count = max(1, min(data.raw_files, round(data.raw / SHARD)))
+        return Corpus((data.raw / count,) * count, data.raw * data.text_yield / data.document_bytes)
     shards, group, documents = [], 0.0, 0.0
     for path, size in files(data):
-        documents += max(1.0, size / data.document_bytes) if kind_of(path) in MANY else 1.0
+        documents += max(1.0, size * data.text_yield / data.document_bytes) if kind_of(path) in MANY else 1.0
         group += size
         if group >= SHARD:
             shards.append(group)
@@ -34,16 +42,23 @@ def corpus(data: Data) -> Corpus:
     return Corpus((*shards, group) if group else tuple(shards), documents)
 
 
-def extract(world: World, text: Corpus) -> Course[dict[str, float]]:
-    """Read every shard on the pool; returns what the stage says of itself."""
+def extract(world: World, found: Corpus) -> Course[dict[str, float]]:
+    """Read every group of files on the pool; returns what the stage says of itself."""
     began = world.now
-    yield from pool(world, "extract", [size / world.rates.extract_rate for size in text.shards])
+    yield from pool(world, "extract", [size / world.rates.extract_rate for size in found.shards], found.bytes)
     seconds = world.now - began
-    documents = kept(text, world.plan.data).documents
-    return {"seconds": seconds, "bytes": text.bytes, "documents": documents, "documents_per_s": per_second(documents, seconds)}
+    documents = kept(found, world.plan.data).documents
+    text = found.bytes * world.plan.data.text_yield
+    return {
+        "seconds": seconds,
+        "read": found.bytes,
+        "bytes": text,
+        "documents": documents,
+        "documents_per_s": per_second(documents, seconds),
+    }
 
 
-def kept(text: Corpus, data: Data) -> Corpus:
-    """What is left when the expected share that the rules refuse is gone from every shard."""
-    stays = 1 - data.filtered
-    return Corpus(tuple(size * stays for size in text.shards), text.documents * stays)
+def kept(found: Corpus, data: Data) -> Corpus:
+    """What is left when the files have become text and the expected share that the rules refuse is gone from every shard."""
+    left = found.times(1 - data.filtered)
+    return Corpus(tuple(size * data.text_yield for size in left.shards), left.documents)

@@ -73,7 +73,7 @@ def live(plan: Plan, seed: int | None = None, pace_: Pace | None = None, rates_:
 
 def _live(world: World, history: History, seed: int) -> Course[None]:
     world.event("run", "start")
-    if world.plan.data.path is not None:
+    if world.plan.data.path is not None or world.plan.data.raw is not None:
         yield from _data(world, history)
     began = world.now
     job = Pretraining(world, history.pace, faults(world.plan, seed), spikes(world.plan, seed))
@@ -92,7 +92,7 @@ def _data(world: World, history: History) -> Course[None]:
     whole = corpus(world.plan.data)
     text = kept(whole, world.plan.data)
     stay = unique(text, world.plan.data)
-    stages = {"extract": partial(extract, text=whole), "dedup": partial(dedup, text=text), "tokens": partial(tokens, text=stay)}
+    stages = {"extract": partial(extract, found=whole), "dedup": partial(dedup, text=text), "tokens": partial(tokens, text=stay)}
     for name, stage in stages.items():
         start = world.now
         world.event(name, "start")

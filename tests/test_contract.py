@@ -16,9 +16,9 @@ ALONE = {
     "sim": {"story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
             "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
-        "attention", "bigram", "buddy", "contamination", "data", "dry", "engine", "filters", "fp8", "guard", "language", "maintext",
+        "attention", "bigram", "bpe", "buddy", "contamination", "data", "dry", "engine", "filters", "fp8", "guard", "language", "maintext",
         "pages", "private", "urls", "heartbeat", "huggingface", "initial", "integrity", "layers",
-        "loss", "measure", "minhash", "model", "moe", "muon", "optim", "pipeline", "place", "profile", "progress", "resume", "slurm",
+        "loss", "measure", "minhash", "model", "moe", "muon", "optim", "packing", "pipeline", "place", "profile", "progress", "resume", "slurm",
         "stability", "stage", "storage", "straggler", "tiers", "trainer",
     },
 }  # fmt: skip
