@@ -18,7 +18,7 @@ ALONE = {
     "real": {
         "attention", "bigram", "buddy", "data", "dry", "filters", "fp8", "heartbeat", "huggingface", "initial", "integrity", "layers",
         "loss", "measure", "minhash", "model", "moe", "muon", "optim", "pipeline", "place", "profile", "progress", "resume", "slurm",
-        "stability", "stage", "storage", "straggler", "tiers", "trainer",
+        "stability", "stage", "storage", "straggler", "substring", "tiers", "trainer", "winnow",
     },
 }  # fmt: skip
 
