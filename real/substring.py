@@ -5,7 +5,8 @@ Workers write the anchors of their shard; others read a range of hashes each and
 around those; others find which windows occur again; workers then write the text that stays. Memory is bounded by a shard or a range.
 
 What stays: every window's first occurrence (the smallest document id, then the smallest offset) is whole in the rewritten text. Of
-later ones those words go that belong to no first occurrence; one that overlaps first occurrences on both sides may so stay too.
+later ones those words go that belong to no first occurrence: where a passage stands in a longer one that stands twice, the first of the
+longer one keeps up to N − 1 words of it on either side. Windows that form where the ends of a cut meet are not looked for.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -32,7 +32,7 @@ def words_of(texts: Any) -> tuple[Hashes, Places]:
     words = split.flatten()
     coded = words.dictionary_encode()
     hashed = hash_array(coded.dictionary.to_numpy(zero_copy_only=False), categorize=False).astype(np.uint64)
-    real = pc.binary_length(words).to_numpy() > 0  # white space at the ends of a text counts as around an empty word
+    real = pc.binary_length(words).to_numpy() > 0  # at the ends of a text white space stands beside an empty word
     owners = np.repeat(np.arange(len(split)), pc.list_value_length(split).to_numpy())
     return hashed[coded.indices.to_numpy()[real]], np.bincount(owners[real], minlength=len(split))
 
