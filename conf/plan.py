@@ -236,6 +236,8 @@ class Data(Node):
                       must=("none", "gopher", "c4", "fineweb"))  # fmt: skip
     filtered: float = say("expected share of text that these rules refuse", 0.0, must=SHARE)
     dedup: str = say("which documents go: exact = repeats; minhash = near-repeats too", "exact", must=("exact", "minhash"))
+    substrings: int = say("passages of this many words and more that stand elsewhere too go, but for the first; 0 = none", 0,
+                          must=NOT_NEGATIVE)  # fmt: skip
     duplicates: float = say("expected share of documents that are duplicates", must=SHARE)
     runner: str = say("who does the tasks: local = processes of this machine; ray = a Ray cluster (RAY_ADDRESS, else one on this machine)",
                       "local", must=("local", "ray"))  # fmt: skip

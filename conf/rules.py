@@ -168,6 +168,8 @@ def _training(plan: Plan) -> Iterator[str]:
     for entry in plan.data.mixture:
         if not re.fullmatch(r"(\d+\.?\d*|\.\d+) \S+", entry) or float(entry.split()[0]) <= 0:
             yield f"data.mixture: {entry!r} is no weight above 0 and a pattern; write for example data.mixture=['3 *.py','1 *.md']"
+    if 0 < plan.data.substrings < 20:
+        yield f"data.substrings={plan.data.substrings} must be at least 20 words, or 0 for none; set data.substrings=50"
     if plan.data.path is None and plan.data.tokens is None:
         yield "data.path and data.tokens are both null; name a corpus with data.path=…, or say how many tokens exist with data.tokens=…"
     if plan.data.path is not None and plan.data.tokens is not None:

@@ -12,7 +12,7 @@ from conf.files import write
 from conf.plan import Plan
 from conf.program import to_yaml
 from conf.record import STATES, Record, read, read_all, read_summary, seal, summarise
-from real import dedup, extract, packing, stage, tokens
+from real import dedup, extract, packing, stage, substring, tokens
 from real.engine import engine
 from real.heartbeat import Stopped, clock
 from real.place import Place, join
@@ -106,7 +106,10 @@ class Life:
             paired = stage.run(folder / "pairs", dedup.pair_tasks(banded), config, pool, {}, self._progress("dedup, pairs"))
             near = dedup.near_duplicates(paired)
             moved.append(banded)
-        done = stage.run(folder, dedup.keep_tasks(extracted, hashed, near), config, pool, config, self._progress("dedup"))
+        length = self.plan.data.substrings
+        whole = folder / "whole" if length else folder
+        done = stage.run(whole, dedup.keep_tasks(extracted, hashed, near), config, pool, config, self._progress("dedup"))
+        done = substring.remove(folder, done, length, pool, self._progress("dedup, substrings")) if length else done
         done.counters["shuffle_bytes"] = sum(output["bytes"] for manifest in moved for output in manifest.outputs)
         return self._timed(done, began)
 
@@ -212,8 +215,9 @@ def told(name: str, manifest: Manifest) -> str:
         refused = f", {c['refused']:,.0f} refused ({', '.join(f'{name} {n:,.0f}' for name, n in rules[:4])})" if rules else ""
         return f"extract: {found} in {manifest.seconds:.1f} s{spoilt}{refused}"
     if name == "dedup":
-        near = c["removed"] - c["removed_exact"]
+        near = c["removed"] - c["removed_exact"] - c.get("emptied", 0)
         nearly = f" ({near:,.0f} of them nearly the same as another)" if near else ""
-        return f"dedup: {c['documents']:,.0f} documents stay, {c['removed']:,.0f} removed{nearly} in {manifest.seconds:.1f} s"
+        cut = f", {c['words_removed']:,.0f} of {c['words']:,.0f} words cut out of {c['touched']:,.0f}" if "touched" in c else ""
+        return f"dedup: {c['documents']:,.0f} documents stay, {c['removed']:,.0f} removed{nearly}{cut} in {manifest.seconds:.1f} s"
     packs = f", in {c['packs']:,.0f} sequences that are {c['tokens'] / c['room']:.2%} full" if "packs" in c else ""
     return f"tokens: {c['train_tokens']:,.0f} for training{packs}, {c['held_out_tokens']:,.0f} held out in {manifest.seconds:.1f} s"

@@ -74,7 +74,7 @@ def _runs(documents: list[list[str]]) -> tuple[Hashes, NDArray[np.int64]]:
     runs = np.zeros(len(first), np.uint64)
     for place in range(WORDS):
         runs += hashed[np.minimum(first + place, last)] * _PLACES[place] * (first + place <= last)
-    return _mixed(runs), starts
+    return mixed(runs), starts
 
 
 def _bands(runs: Hashes, starts: NDArray[np.int64]) -> Hashes:
@@ -93,11 +93,11 @@ def _bands(runs: Hashes, starts: NDArray[np.int64]) -> Hashes:
         begin = end
     bands = np.repeat(np.arange(BANDS, dtype=np.uint64)[:, None], len(starts), 1)
     for row in range(ROWS):
-        bands = _mixed(bands * _PLACES[0] + (least[row::ROWS] >> np.uint64(32)))
+        bands = mixed(bands * _PLACES[0] + (least[row::ROWS] >> np.uint64(32)))
     return bands
 
 
-def _mixed(x: Hashes) -> Hashes:
+def mixed(x: Hashes) -> Hashes:
     """The finaliser of MurmurHash3: every bit of the input moves every bit of the result."""
     for shift, factor in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
