@@ -220,13 +220,13 @@ def _lanes(axes: Axes, names: Sequence[str]) -> None:
 
 def _amounts(axis: Axis, most: float, unit: str) -> None:
     """Round numbers from zero in the unit that fits the largest."""
-    name = show(most, unit).split(" ")[-1]
+    name = "1" if unit == "1" else show(most, unit).split(" ")[-1]
     factor = size_of("year" if name == "years" else name)[0] / size_of(unit)[0]
     if most / factor >= 1e6:
         name, factor = f"million {name}", factor * 1e6
     ticks = [tick for tick in MaxNLocator(5, steps=_ROUND).tick_values(0, most / factor) if 0 <= tick * factor <= most * 1.001]
     axis.set_ticks([tick * factor for tick in ticks], [f"{tick:,g}" for tick in ticks])
-    axis.set_label_text(name)
+    axis.set_label_text("" if name == "1" else name)
 
 
 def _roof(values: Sequence[float], levels: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 from analysis.compare import Row, learning, quantities, sentence, show_ratio, signed, states, stragglers, sums, unaccounted, verdict, when
 from analysis.figures import figures
+from analysis.funnel import funnel
 from analysis.page import Html, document, join, key, table, tag
 from analysis.pair import Pair, open_pair
 from conf.files import write
@@ -44,7 +45,7 @@ def report(options: Mapping[str, str]) -> int:
 
 def page(pair: Pair) -> str:
     """The whole report as HTML; the same records give the same bytes."""
-    body = [*_head(pair), *_pictures(pair), *_comparison(pair), *_assumptions(pair), *_plan(pair.plan), _foot(pair)]
+    body = [*_head(pair), *_pictures(pair), *_comparison(pair), *_data(pair), *_assumptions(pair), *_plan(pair.plan), _foot(pair)]
     return document(f"{pair.plan.model.name} – {pair.id}", *body)
 
 
@@ -116,6 +117,11 @@ def _what_was_measured(pair: Pair) -> Iterator[str]:
     yield f"{both} of {len(rows)} quantities were both predicted and measured; the ratio is of the measured to the predicted."
     if only:
         yield f"Only predicted, not measured: {', '.join(only)}."
+
+
+def _data(pair: Pair) -> Iterator[Html]:
+    if pair.real:
+        yield from funnel(pair.real)
 
 
 def _assumptions(pair: Pair) -> Iterator[Html]:

@@ -170,8 +170,10 @@ def _training(plan: Plan) -> Iterator[str]:
             yield f"data.mixture: {entry!r} is no weight above 0 and a pattern; write for example data.mixture=['3 *.py','1 *.md']"
     if 0 < plan.data.substrings < 20:
         yield f"data.substrings={plan.data.substrings} must be at least 20 words, or 0 for none; set data.substrings=50"
-    if plan.data.path is None and plan.data.tokens is None:
+    if plan.data.path is None and plan.data.tokens is None and plan.data.raw is None:
         yield "data.path and data.tokens are both null; name a corpus with data.path=…, or say how many tokens exist with data.tokens=…"
+    if plan.data.raw is not None and (plan.data.path is not None or plan.data.tokens is not None):
+        yield f"data.raw={plan.data.raw:g} B is of a corpus that is not here and not yet tokens; set data.path and data.tokens to null"
     if plan.data.path is not None and plan.data.tokens is not None:
         yield f"data.path={plan.data.path} and data.tokens={plan.data.tokens} contradict each other; set one of them to null"
 

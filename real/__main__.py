@@ -30,6 +30,7 @@ foretold real [options] [group=option] [key=value]   execute a plan
   foretold real only=kernels,network             time this machine's operations, for `foretold analysis calibrate`
   foretold real dry=true experiment=llama3_8b    what every rank would hold and send, without a GPU
   foretold real start=runs/p0a1b2c3d4 mesh.tp=2  go on from another plan's checkpoint, on another mesh
+  foretold real verify=true                      whether every file of the data stages is what its receipt says
   foretold real export=model                     the newest checkpoint as a Hugging Face model
   torchrun --nproc-per-node 2 -m real            ranks started by torchrun
   foretold real slurm=submit cluster.nodes=2     as a job under Slurm; slurm=script writes its script and stops
@@ -44,6 +45,8 @@ OPTIONS = {
     "start": ("", "begin from this run or checkpoint of any mesh, or from this folder in Hugging Face's layout"),
     "export": ("", "write the newest checkpoint's model into this folder in Hugging Face's layout, and stop"),
     "trace": ("", "steps that torch's profiler watches, as in trace=20-22; one profile.rankN.json.gz a rank opens in Perfetto"),
+    "verify": ("false", "read every file of the data stages, compare it with its receipt, and stop"),
+    "lineage": ("", "say which page a token of the stream came from, as in lineage=123 or lineage=held_out:123, and stop"),
     "dry": ("false", "build everything on fake devices, say what each rank holds and sends, and stop"),
     "runs": ("runs", "folder of the records"),
     "json": ("false", "print summary.json and nothing else"),
@@ -76,6 +79,8 @@ def _main(args: list[str]) -> int:
         return _export(plan, folder, Path(options["export"]), options)
     if flag(options, "dry"):
         return _dry(plan, home, quiet)
+    if flag(options, "verify") or options["lineage"]:
+        return _look(plan, folder, options)
     source, traced = _source(options["start"]), _steps(options["trace"])
     if options["slurm"] != "no":
         return _slurm(plan, home, options)
@@ -197,6 +202,20 @@ def _dry(plan: Plan, home: Path, quiet: bool) -> int:
     refuse_unbuilt(plan)
     told = dry.build(plan, read_summary(home / "sim"))
     print(json.dumps(told, indent=1) if quiet else dry.page(plan, told))
+    return 0
+
+
+def _look(plan: Plan, folder: Path, options: Mapping[str, str]) -> int:
+    """What a run's files say of themselves."""
+    from real.lineage import page_of, verify
+
+    if options["lineage"]:
+        page, place = page_of(folder, plan, options["lineage"])
+        told = page._asdict() | {"text": page.text[:200], "token": place}
+        print(json.dumps(told, ensure_ascii=False, indent=1) if flag(options, "json") else "\n".join(f"{k:9} {v}" for k, v in told.items()))
+        return 0
+    for checked in verify(folder):
+        print(f"{checked.stage:24} {checked.files:7,} files {show(checked.bytes, 'B'):>10}  as their receipts say")
     return 0
 
 

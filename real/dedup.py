@@ -6,6 +6,7 @@ all bands each and write which documents meet in them; those pairs meet here, an
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,14 @@ def pair_tasks(banded: Manifest) -> Iterator[Task]:
         yield Task(f"pairs-{number:05}", pair_range, (tables, first, end), digests)
 
 
-def near_duplicates(paired: Manifest) -> Path:
-    """Writes the ids to leave out beside the pairs; returns the file."""
+def near_duplicates(paired: Manifest) -> tuple[Path, dict[str, int]]:
+    """Writes the ids to leave out beside the pairs; returns the file, and how many groups of each size hang together."""
     tables = [np.load(paired.verified(output)) for output in paired.paths(".npy")]
-    gone = sorted(other for _, other in minhash.components(np.concatenate(tables)))
+    joined = list(minhash.components(np.concatenate(tables)))
     path = paired.folder / "removed.txt"
-    write(path, "".join(f"{identity}\n" for identity in gone))
-    return path
+    write(path, "".join(f"{other}\n" for other in sorted(other for _, other in joined)))
+    sizes = Counter(1 + others for others in Counter(first for first, _ in joined).values())
+    return path, {f"groups of {size}": count for size, count in sorted(sizes.items())}
 
 
 def keep_tasks(extracted: Manifest, hashed: Manifest, near: Path | None = None) -> Iterator[Task]:

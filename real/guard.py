@@ -4,6 +4,7 @@ The child works page after page under a limit of processor time and of memory. W
 gigabytes, a crash) ends the child alone, and the next page gets a new one.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import resource
@@ -74,6 +75,7 @@ class Guard:
 
 def _serve(work: Callable[[Any], Any], pipe: Connection, parents: Connection, seconds: float, memory: float) -> None:
     parents.close()
+    faulthandler.disable()  # what it would write of a crash is not for the screen
     os.close(2)  # parsers write to it what they think of a page
     os.open(os.devnull, os.O_WRONLY)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -12,6 +12,7 @@ from conf.files import write
 from conf.plan import Plan
 from conf.program import to_yaml
 from conf.record import STATES, Record, read, read_all, read_summary, seal, summarise
+from conf.units import show
 from real import dedup, extract, packing, stage, substring, tokens
 from real.engine import engine
 from real.heartbeat import Stopped, clock
@@ -81,7 +82,16 @@ class Life:
         self.record.observe(stage, "idle", max(0.0, (self.record.now() - launched) * self.part.ranks - booked))
 
     def _progress(self, name: str) -> Callable[[float], None]:
-        return lambda share: self.say(f"\r{name} {share:.0%}")
+        began, before = time.monotonic(), list[float]()
+
+        def show_share(share: float) -> None:
+            """What was done before this command began tells nothing of its pace: the first share is where it stood."""
+            before.append(share)
+            spent, done = time.monotonic() - began, share - before[0]
+            left = f", {show(spent * (1 - share) / done, 's')} left" if done > 0 and share < 1 else ""
+            self.say(f"\r{name} {share:.0%}{left}")
+
+        return show_share
 
     def _extract(self, pool: Executor) -> Manifest:
         facts = {"path": self.plan.data.path, "tasks_of": SHARD}
@@ -100,16 +110,17 @@ class Life:
         extracted = Manifest.read(self.folder / "extract")
         config, how = dedup.config(self.plan.data.dedup), self.plan.data.dedup
         hashed = stage.run(folder / "hashes", dedup.hash_tasks(extracted), config, pool, {}, lambda _: None)
-        near, moved = None, [hashed]
+        near, groups, moved = None, dict[str, int](), [hashed]
         if how == "minhash":
             banded = stage.run(folder / "bands", dedup.band_tasks(extracted), config, pool, {}, self._progress("dedup, signatures"))
             paired = stage.run(folder / "pairs", dedup.pair_tasks(banded), config, pool, {}, self._progress("dedup, pairs"))
-            near = dedup.near_duplicates(paired)
+            near, groups = dedup.near_duplicates(paired)
             moved.append(banded)
         length = self.plan.data.substrings
         whole = folder / "whole" if length else folder
         done = stage.run(whole, dedup.keep_tasks(extracted, hashed, near), config, pool, config, self._progress("dedup"))
         done = substring.remove(folder, done, length, pool, self._progress("dedup, substrings")) if length else done
+        done.counters |= groups
         done.counters["shuffle_bytes"] = sum(output["bytes"] for manifest in moved for output in manifest.outputs)
         return self._timed(done, began)
 
@@ -123,8 +134,8 @@ class Life:
             folder, tokens.tasks(documents, tokenizer, self.plan), tokens.config(self.plan), pool, facts, self._progress("tokens")
         )
         if self.plan.train.packing == "best_fit":
-            config, show = packing.config(self.plan), self._progress("tokens, packing")
-            packs = stage.run(folder / "packs", packing.tasks(done, self.plan), config, pool, {}, show)
+            config, shown = packing.config(self.plan), self._progress("tokens, packing")
+            packs = stage.run(folder / "packs", packing.tasks(done, self.plan), config, pool, {}, shown)
             done.counters |= packs.counters
         return self._timed(done, began)
 

@@ -116,6 +116,7 @@ def run(folder: Path, tasks: Iterable[Task], config: Mapping[str, Any], pool: Ex
             receipts[slip] = receipt
         else:
             waiting[pool.submit(_do, folder, slip, task)] = slip
+    progress(len(receipts) / max(1, len(slips)))
     for future in as_completed(waiting):
         receipts[waiting[future]] = future.result()
         progress(len(receipts) / len(slips))

@@ -1,6 +1,7 @@
 """Tokens: documents → a byte-level BPE trained on a sample of them → token shards for training and held-out text."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,10 +14,10 @@ from conf.plan import Plan
 from real import bpe
 from real.data import trained, write_shard
 from real.dedup import verified
-from real.extract import load
+from real.extract import Document, load
 from real.stage import Manifest, Task, sha256
 
-VERSION = 2
+VERSION = 3
 
 
 def config(plan: Plan) -> dict[str, Any]:
@@ -63,19 +64,31 @@ def encode(folder: Path, name: str, path: str, digest: str, tokenizer: str, held
     coder.check(texts)
     dtype = np.uint16 if coder.vocab < 65500 else np.int32  # Megatron's own threshold
     splits: dict[str, list[np.ndarray]] = {split: [] for split in (*trained(mixture), "held_out")}
+    told: Counter[str] = Counter()
     for row, ids in zip(rows, coder.encode(texts), strict=True):
-        split = "held_out" if int(row.id[:8], 16) < held_out * 2**32 else _part(row.source, mixture)
+        split = split_of(row, held_out, mixture)
         if split is not None:
             splits[split].append(np.append(ids, coder.end).astype(dtype))
+            told.update(_described(row, len(ids)))
     for split, documents in splits.items():
         write_shard(folder / f"{split}-{name}", documents)
     counts = {split: int(sum(map(len, documents))) for split, documents in splits.items()}
     held = counts.pop("held_out")
-    return {"bytes": sum(len(row.text.encode()) for row in rows), "documents": len(rows), "train_tokens": sum(counts.values()),
-            "held_out_tokens": held}  # fmt: skip
+    return {"bytes": sum(len(text.encode()) for text in texts), "documents": len(rows), "train_tokens": sum(counts.values()),
+            "held_out_tokens": held, **told}  # fmt: skip
 
 
-def _part(source: str, mixture: tuple[str, ...]) -> str | None:
+def _described(row: Document, tokens: int) -> dict[str, int]:
+    """What a document adds to the statistics: lengths in powers of two of tokens, and how well the vocabulary serves its language."""
+    of = f"of language {row.language or 'unknown'}"
+    length = f"length: {2 ** max(0, tokens - 1).bit_length()}"
+    return {length: 1, f"bytes {of}": len(row.text.encode()), f"words {of}": len(row.text.split()), f"tokens {of}": tokens}
+
+
+def split_of(row: Document, held_out: float, mixture: tuple[str, ...]) -> str | None:
+    """Where a document goes, by its id and its file alone; None for one that fits no pattern of the mixture."""
+    if int(row.id[:8], 16) < held_out * 2**32:
+        return "held_out"
     if not mixture:
         return "train"
-    return next((f"train{i}" for i, pattern in enumerate(mixture) if fnmatch(source, pattern)), None)
+    return next((f"train{i}" for i, pattern in enumerate(mixture) if fnmatch(row.source, pattern)), None)

@@ -17,9 +17,9 @@ ALONE = {
             "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
         "attention", "bigram", "bpe", "buddy", "contamination", "data", "dry", "engine", "filters", "fp8", "guard", "heartbeat",
-        "huggingface", "initial", "integrity", "language", "layers", "loss", "maintext", "measure", "minhash", "model", "moe", "muon",
-        "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress", "resume", "slurm", "stability", "stage",
-        "storage", "straggler", "substring", "tiers", "trainer", "urls", "winnow",
+        "huggingface", "initial", "integrity", "language", "layers", "lineage", "loss", "maintext", "measure", "minhash", "model",
+        "moe", "muon", "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress", "resume", "slurm",
+        "stability", "stage", "storage", "straggler", "substring", "tiers", "trainer", "urls", "winnow",
     },
 }  # fmt: skip
 

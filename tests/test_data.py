@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -157,6 +158,34 @@ def test_a_corrupt_shard_is_named(foretold, run_of, corpus, stage, suffix):
         (run / "tokens" / "tokenizer.inputs.json").unlink()
     status, _, err = foretold("real", f"only={following}", *TINY, f"data.path={corpus}")
     assert status == 2 and f"{path} has another sha256 than its receipt: corrupt; delete" in err and "Traceback" not in err
+
+
+def test_every_file_is_what_its_receipt_says_until_one_is_not(foretold, run_of, corpus):
+    run = run_of(f"data.path={corpus}", "data.dedup=minhash")
+    words = [*TINY, f"data.path={corpus}", "data.dedup=minhash"]
+    status, out, _ = foretold("real", "verify=true", *words)
+    assert status == 0 and all(stage in out for stage in ("extract", "dedup/bands", "dedup/hashes", "tokens"))
+    path = next((run / "dedup" / "bands").glob("*.npy"))
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    status, _, err = foretold("real", "verify=true", *words)
+    assert status == 2 and f"{path} has another sha256" in err
+
+
+def test_a_token_leads_back_to_its_page(foretold, run_of, corpus):
+    from tokenizers import Tokenizer
+
+    run = run_of(f"data.path={corpus}")
+    stream, coder = Tokens(run / "tokens", "train", 32), Tokenizer.from_file(str(run / "tokens" / "tokenizer.json"))
+    whole = np.concatenate([np.asarray(shard) for shard in stream.shards])
+    for token in (0, 777, len(whole) // 2, len(whole) - 1):
+        status, out, err = foretold("real", f"lineage={token}", "json=true", *TINY, f"data.path={corpus}")
+        told = json.loads(out)
+        assert status == 0, err
+        text = Path(told["source"]).read_text()
+        begin = token - told["token"]
+        assert text.startswith(coder.decode(whole[begin : begin + 20].tolist())) and told["text"] == text[:200]
+    status, _, err = foretold("real", f"lineage={len(whole)}", *TINY, f"data.path={corpus}")
+    assert status == 2 and f"train has {len(whole):,} tokens, counted from 0" in err
 
 
 def test_a_corrupt_manifest_is_named(foretold, run_of, corpus):
