@@ -13,6 +13,7 @@ from typing import Any
 
 from conf.errors import Refused
 from conf.plan import Plan
+from real.maintext import LIBRARIES
 from real.stage import workers
 
 ATTEMPTS = 3  # after a worker or its server is lost
@@ -25,8 +26,17 @@ def engine(plan: Plan) -> Iterator[Executor]:
     Raises Refused where Ray is asked for and not installed.
     """
     cluster = plan.cluster
-    with _ray() if plan.data.runner == "ray" else workers(min(cluster.gpus_per_node, cluster.cores_per_node)) as pool:
+    if plan.data.dedup == "minhash":
+        import scipy.sparse.csgraph  # noqa: F401  the components are found here: imported before the stages are timed
+    with _ray() if plan.data.runner == "ray" else workers(min(cluster.gpus_per_node, cluster.cores_per_node), _modules(plan)) as pool:
         yield pool
+
+
+def _modules(plan: Plan) -> list[str]:
+    """What the workers will need: imported while they start, it is in no stage's time."""
+    hashes = ["pandas.util"] if plan.data.dedup == "minhash" or plan.data.substrings else []
+    library = LIBRARIES.get(plan.data.extractor)
+    return ["pyarrow.parquet", "tokenizers", "real.extract", "real.dedup", "real.tokens", *hashes, *([library] if library else [])]
 
 
 class RayPool(Executor):

@@ -5,6 +5,7 @@ over personal data, in this order; the first that refuses it is counted, in docu
 """
 
 import hashlib
+import importlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.corpus import ARCHIVES, SHARD, files, kind_of
+from conf.corpus import ARCHIVES, SHARD, kind_of
 from conf.errors import Refused
 from conf.plan import Plan
 from real.contamination import hit
@@ -65,29 +66,32 @@ class Choices:
                    tuple(data.evaluations), data.mask, data.page_limit, data.page_seconds, data.page_memory)  # fmt: skip
 
 
-def config(plan: Plan) -> dict[str, Any]:
+Found = Sequence[tuple[Path, int]]  # files and their bytes
+
+
+def config(plan: Plan, found: Found) -> dict[str, Any]:
     """What the shards depend on beside the files: the choices, what is in the files they name, and the libraries."""
-    choices, used = Choices.of(plan), libraries(plan)
+    choices, used = Choices.of(plan), libraries(plan, found)
     named = [path for path in (choices.blocklist, *choices.evaluations) if path]
     return {"version": VERSION, **asdict(choices), "files": [sha256(Path(path)) for path in named], "libraries": used}
 
 
-def libraries(plan: Plan) -> dict[str, str]:
+def libraries(plan: Plan, found: Found) -> dict[str, str]:
     """Version of each library that has a say.
 
     Raises Refused for one that is not installed, a file that does not exist, or a language that is not known.
     """
     data = plan.data
-    kinds = {kind_of(path) for path, _ in files(data)}
+    kinds = {kind_of(path) for path, _ in found}
     archives = kinds & set(ARCHIVES)
     wanted = {LIBRARIES[data.extractor]: f"data.extractor={data.extractor}"} if data.extractor in LIBRARIES else {}
     wanted |= {"py3langid": f"data.languages=[{','.join(data.languages)}]"} if data.languages else {}
     wanted |= {"fastwarc": f"a {min(archives)} file"} if archives - {".arc", ".arc.gz"} else {}
     wanted |= {"warcio": f"a {min(archives)} file"} if archives & {".arc", ".arc.gz"} else {}
-    found = {}
+    used = {}
     for library, why in wanted.items():
         try:
-            found[library] = version(library)
+            used[library] = version(library)
         except ImportError as error:
             raise Refused(f"{why} needs {library}, which is not installed; pip install 'foretold[data]'") from error
     for key, path in (("data.blocklist", data.blocklist), *(("data.evaluations", path) for path in data.evaluations)):
@@ -95,16 +99,16 @@ def libraries(plan: Plan) -> dict[str, str]:
             raise Refused(f"{key}={path}: no such file")
     if unknown := [code for code in data.languages if code not in ("any", *(known() if data.languages else ()))]:
         raise Refused(
-            f"data.languages: {unknown[0]!r} is no language that py3langid {found['py3langid']} knows; it knows any, {', '.join(known())}"
+            f"data.languages: {unknown[0]!r} is no language that py3langid {used['py3langid']} knows; it knows any, {', '.join(known())}"
         )
-    return found
+    return used
 
 
-def tasks(plan: Plan) -> Iterator[Task]:
+def tasks(plan: Plan, found: Found) -> Iterator[Task]:
     """Groups of files of about SHARD bytes."""
     group: list[tuple[str, int]] = []
     number = 0
-    for path, size in files(plan.data):
+    for path, size in found:
         group.append((str(path), size))
         if sum(s for _, s in group) >= SHARD:
             yield _task(number, group, plan)
@@ -130,6 +134,8 @@ class Sieve:
 
     def __init__(self, choices: Choices) -> None:
         self.choices = choices
+        if choices.extractor in LIBRARIES:
+            importlib.import_module(LIBRARIES[choices.extractor])  # here, so that no child has to, in the time of its first page
         self.guard = Guard(main_text(choices.extractor), choices.page_seconds, choices.page_memory)
         self.blocked = Blocklist(Path(choices.blocklist)) if choices.blocklist else None
         self.counted: Counter[str] = Counter()

@@ -6,7 +6,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from conf.corpus import SHARD
+from conf.corpus import SHARD, files
 from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
@@ -48,6 +48,7 @@ class Life:
         if self.plan.data.path is None:
             raise Refused(NO_CORPUS)
         began = self.record.now()
+        self.found = files(self.plan.data) if "extract" in names else []
         with engine(self.plan) as pool:
             self._spend("init", "run", began)
             try:
@@ -95,9 +96,8 @@ class Life:
 
     def _extract(self, pool: Executor) -> Manifest:
         facts = {"path": self.plan.data.path, "tasks_of": SHARD}
-        done = stage.run(
-            self.folder / "extract", extract.tasks(self.plan), extract.config(self.plan), pool, facts, self._progress("extract")
-        )
+        config = extract.config(self.plan, self.found)
+        done = stage.run(self.folder / "extract", extract.tasks(self.plan, self.found), config, pool, facts, self._progress("extract"))
         if not done.counters.get("documents"):
             unread = int(done.counters.get("unreadable", 0))
             why = f"none of its {unread} files could be read" if unread else "its files are empty"

@@ -8,8 +8,8 @@ import numpy as np
 
 from conf.errors import Refused
 from conf.plan import Plan
-from real.data import read_index
 from real.extract import Document, load
+from real.shards import read_index
 from real.stage import Manifest
 from real.tokens import split_of
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.plan import Plan
-from real.data import read_index, trained
+from real.shards import read_index, trained
 from real.stage import Manifest, Task
 
 VERSION = 1

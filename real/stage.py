@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,25 +82,27 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def workers(count: int) -> ProcessPoolExecutor:
-    """Processes that start fresh (nothing of torch is carried along), warmed up."""
+def workers(count: int, modules: Sequence[str] = ()) -> ProcessPoolExecutor:
+    """Processes that start fresh (nothing of torch is carried along), with these modules imported."""
     import multiprocessing
 
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_calm)
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_calm, initargs=(modules,))
     list(pool.map(_ready, range(count)))
     return pool
 
 
-def _calm() -> None:
+def _calm(modules: Sequence[str]) -> None:
+    import importlib
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for name in modules:
+        importlib.import_module(name)
 
 
 def _ready(_: int) -> None:
-    import pyarrow.parquet  # noqa: F401
-    import tokenizers  # noqa: F401
+    """Whoever answers has started."""
 
 
 def run(folder: Path, tasks: Iterable[Task], config: Mapping[str, Any], pool: Executor,

@@ -12,9 +12,9 @@ import numpy as np
 from conf.files import write
 from conf.plan import Plan
 from real import bpe
-from real.data import trained, write_shard
 from real.dedup import verified
 from real.extract import Document, load
+from real.shards import trained, write_shard
 from real.stage import Manifest, Task, sha256
 
 VERSION = 3

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from conf.corpus import files
 from conf.program import load
 from real import dedup, extract, stage, substring
 from real.stage import Manifest
@@ -32,7 +33,8 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 def documents(folder: Path, pool: ThreadPoolExecutor) -> Manifest:
     """The Python library without whole repeats, in shards as a run has them."""
     plan = load(["data=python", f"data.limit={LIMIT}"])
-    extracted = stage.run(folder / "extract", extract.tasks(plan), extract.config(plan), pool, {}, lambda _: None)
+    found = files(plan.data)
+    extracted = stage.run(folder / "extract", extract.tasks(plan, found), extract.config(plan, found), pool, {}, lambda _: None)
     hashed = stage.run(folder / "hashes", dedup.hash_tasks(extracted), dedup.config(), pool, {}, lambda _: None)
     return stage.run(folder / "whole", dedup.keep_tasks(extracted, hashed), dedup.config(), pool, {}, lambda _: None)
 

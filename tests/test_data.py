@@ -18,8 +18,9 @@ from conf.errors import Refused
 from conf.program import load
 from conf.record import read
 from real import bigram
-from real.data import MAGIC, Batches, Blend, Order, Tokens, batch_of, token_bytes, training
+from real.data import Batches, Blend, Order, Tokens, batch_of, token_bytes, training
 from real.loss import IGNORED
+from real.shards import MAGIC
 from real.stage import Manifest, sha256
 from tests.conftest import TINY
 from tests.worlds import Stream, plan_of
