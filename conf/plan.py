@@ -238,6 +238,10 @@ class Data(Node):
     dedup: str = say("which documents go: exact = repeats; minhash = near-repeats too", "exact", must=("exact", "minhash"))
     substrings: int = say("passages of this many words and more that stand elsewhere too go, but for the first; 0 = none", 0,
                           must=NOT_NEGATIVE)  # fmt: skip
+    dedup_within: str = say("where documents meet: corpus = everywhere; folder = in each folder below data.path, a snapshot of the web",
+                            "corpus", must=("corpus", "folder"))  # fmt: skip
+    keep: str = say("which of near-duplicates stays: first = the smallest id; longest = the longest text", "first",
+                    must=("first", "longest"))  # fmt: skip
     duplicates: float = say("expected share of documents that are duplicates", must=SHARE)
     runner: str = say("who does the tasks: local = processes of this machine; ray = a Ray cluster (RAY_ADDRESS, else one on this machine)",
                       "local", must=("local", "ray"))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Dedup: of documents with the same text, or nearly the same, the one with the smallest id stays.
+"""Dedup: of documents with the same text, or nearly the same, one stays: that with the smallest id, or of nearly the same the longest.
 
 Same means equal after lower-casing and folding white space. Workers hash their shard; the hashes meet here; workers
 then write what stays. For nearly the same (data.dedup=minhash) workers write the bands of their shard, sorted; others read a range of
@@ -18,28 +18,29 @@ from real import minhash
 from real.extract import Document, load, save
 from real.stage import Manifest, Task, sha256
 
-VERSION = 2
+VERSION = 3
 RANGE = 64_000_000  # bytes of bands that one task sorts
 RULES = {
     "exact": "exact after lower-casing and folding white space; the smallest id stays",
-    "minhash": "14 bands of 8 over runs of 5 words, or exact; of what hangs together the smallest id stays",
+    "minhash": "14 bands of 8 over runs of 5 words, or exact; of what hangs together one stays",
 }
 
 
-def config(how: str = "exact") -> dict[str, Any]:
-    return {"version": VERSION, "rule": RULES[how]}
+def config(how: str = "exact", within: str = "corpus", keep: str = "first") -> dict[str, Any]:
+    return {"version": VERSION, "rule": RULES[how], "within": within, "keep": keep}
 
 
-def hash_tasks(extracted: Manifest) -> Iterator[Task]:
+def hash_tasks(extracted: Manifest, root: str | None = None) -> Iterator[Task]:
+    """With a root, documents of different folders below it are different."""
     for output in extracted.paths(".parquet"):
         path = str(extracted.folder / output["path"])
-        yield Task("hash-" + Path(path).stem, hash_shard, (path, output["sha256"]), (output["sha256"],))
+        yield Task("hash-" + Path(path).stem, hash_shard, (path, output["sha256"], root), (output["sha256"],))
 
 
-def band_tasks(extracted: Manifest) -> Iterator[Task]:
+def band_tasks(extracted: Manifest, root: str | None = None, keep: str = "first") -> Iterator[Task]:
     for output in extracted.paths(".parquet"):
         path = str(extracted.folder / output["path"])
-        yield Task("bands-" + Path(path).stem, band_shard, (path, output["sha256"]), (output["sha256"],))
+        yield Task("bands-" + Path(path).stem, band_shard, (path, output["sha256"], root, keep), (output["sha256"],))
 
 
 def pair_tasks(banded: Manifest) -> Iterator[Task]:
@@ -58,7 +59,7 @@ def near_duplicates(paired: Manifest) -> tuple[Path, dict[str, int]]:
     tables = [np.load(paired.verified(output)) for output in paired.paths(".npy")]
     joined = list(minhash.components(np.concatenate(tables)))
     path = paired.folder / "removed.txt"
-    write(path, "".join(f"{other}\n" for other in sorted(other for _, other in joined)))
+    write(path, "".join(f"{other}\n" for other in sorted(other[-32:] for _, other in joined)))
     sizes = Counter(1 + others for others in Counter(first for first, _ in joined).values())
     return path, {f"groups of {size}": count for size, count in sorted(sizes.items())}
 
@@ -101,19 +102,45 @@ def normalised(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def hash_shard(folder: Path, name: str, path: str, sha256: str) -> dict[str, Any]:
+def snapshot(row: Document, root: str | None) -> str:
+    """The folder of a document, the first below the root; "" where all are one corpus.
+
+    >>> snapshot(Document("", "web/2024-10/a/b.warc.gz", 0, "", "", ""), "web")
+    '2024-10'
+    """
+    if root is None:
+        return ""
+    below = Path(row.source).relative_to(root).parts
+    return below[0] if len(below) > 1 else ""
+
+
+def hash_shard(folder: Path, name: str, path: str, sha256: str, root: str | None) -> dict[str, Any]:
     """Pairs of (document id, hash of its normalised text), 16 bytes each."""
     rows = load(verified(path, sha256))
-    pairs = (bytes.fromhex(row.id) + hashlib.blake2b(normalised(row.text).encode(), digest_size=16).digest() for row in rows)
-    (folder / f"{name}.hashes").write_bytes(b"".join(pairs))
+    digests = (hashlib.blake2b(normalised(row.text).encode(), digest_size=16, key=_salt(row, root)).digest() for row in rows)
+    (folder / f"{name}.hashes").write_bytes(b"".join(bytes.fromhex(row.id) + digest for row, digest in zip(rows, digests, strict=True)))
     return {"hashed": len(rows)}
 
 
-def band_shard(folder: Path, name: str, path: str, sha256: str) -> dict[str, Any]:
+def _salt(row: Document, root: str | None) -> bytes:
+    name = snapshot(row, root)
+    return hashlib.blake2b(name.encode(), digest_size=32).digest() if name else b""
+
+
+def band_shard(folder: Path, name: str, path: str, sha256: str, root: str | None, keep: str) -> dict[str, Any]:
     """The bands of a shard's documents, sorted."""
     rows = load(verified(path, sha256))
-    np.save(folder / f"{name}.npy", minhash.entries([row.id for row in rows], [row.text for row in rows]))
+    apart = np.array([int.from_bytes(_salt(row, root)[:8], "little") for row in rows], np.uint64) if root else None
+    np.save(folder / f"{name}.npy", minhash.entries([ranked(row, keep) for row in rows], [row.text for row in rows], apart))
     return {"banded": len(rows)}
+
+
+def ranked(row: Document, keep: str) -> str:
+    """A name for a document that comes first, in the order of text, if it is the one to keep: its id, or its length before that.
+
+    The length is of what exact repeats have in common, so that of these the same one stays by either rule.
+    """
+    return row.id if keep == "first" else f"{max(0, 2**32 - 1 - len(normalised(row.text))):08x}{row.id}"
 
 
 def pair_range(folder: Path, name: str, tables: list[tuple[str, str]], first: int, end: int) -> dict[str, Any]:

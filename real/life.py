@@ -108,11 +108,15 @@ class Life:
     def _dedup(self, pool: Executor) -> Manifest:
         folder, began = self.folder / "dedup", time.perf_counter()
         extracted = Manifest.read(self.folder / "extract")
-        config, how = dedup.config(self.plan.data.dedup), self.plan.data.dedup
-        hashed = stage.run(folder / "hashes", dedup.hash_tasks(extracted), config, pool, {}, lambda _: None)
+        data = self.plan.data
+        config, how = dedup.config(data.dedup, data.dedup_within, data.keep), data.dedup
+        root = data.path if data.dedup_within == "folder" else None
+        hashed = stage.run(folder / "hashes", dedup.hash_tasks(extracted, root), config, pool, {}, lambda _: None)
         near, groups, moved = None, dict[str, int](), [hashed]
         if how == "minhash":
-            banded = stage.run(folder / "bands", dedup.band_tasks(extracted), config, pool, {}, self._progress("dedup, signatures"))
+            banded = stage.run(
+                folder / "bands", dedup.band_tasks(extracted, root, data.keep), config, pool, {}, self._progress("dedup, signatures")
+            )
             paired = stage.run(folder / "pairs", dedup.pair_tasks(banded), config, pool, {}, self._progress("dedup, pairs"))
             near, groups = dedup.near_duplicates(paired)
             moved.append(banded)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 BANDS, ROWS, WORDS = 14, 8, 5
 BLOCK = 8192  # runs
-ENTRY = np.dtype([("key", "<u8"), ("id", "S32")])  # of a band: its hash, and the document's id in hexadecimal digits
+ENTRY = np.dtype([("key", "<u8"), ("id", "S32")])  # of a band: its hash, and the document's name (32 hexadecimal digits, or more)
 Hashes = NDArray[np.uint64]
 _WORD = re.compile(r"\w+")
 _PLAIN = bytes(ord(c.lower()) if _WORD.fullmatch(c) else 32 for c in map(chr, range(128))) + bytes(128)
@@ -46,17 +46,21 @@ def shingles(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1))} if words else set()
 
 
-def entries(ids: Sequence[str], texts: Sequence[str]) -> NDArray[Any]:
-    """The bands of all documents, sorted by their hash; documents without a word have none."""
+def entries(ids: Sequence[str], texts: Sequence[str], apart: Hashes | None = None) -> NDArray[Any]:
+    """The bands of all documents, sorted by their hash; documents without a word have none.
+
+    With a number for each document in `apart`, bands of different numbers never meet.
+    """
     words = [words_of(text) for text in texts]
     known = [i for i, found in enumerate(words) if found]
     if not known:
         return np.empty(0, ENTRY)
     hashed, starts = _runs([words[i] for i in known])
     bands = _bands(hashed, starts)
-    found = np.empty(bands.size, ENTRY)
-    found["key"] = bands.ravel()
-    found["id"] = np.tile(np.array([ids[i] for i in known], "S32"), BANDS)
+    names = np.array([ids[i] for i in known], "S")
+    found = np.empty(bands.size, [("key", "<u8"), ("id", names.dtype)])
+    found["key"] = (bands if apart is None else mixed(bands ^ apart[known])).ravel()
+    found["id"] = np.tile(names, BANDS)
     return found[np.argsort(found["key"], kind="stable")]
 
 

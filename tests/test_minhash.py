@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from conf.program import load
+from real.extract import load as documents
 from real.life import Life
 from real.minhash import BANDS, ROWS, components, entries, pairs, shingles
 from real.stage import Manifest
@@ -90,3 +91,40 @@ def test_the_stage_removes_near_copies(tmp_path):
     kept = [Path(source).stem.removeprefix("near") for output in done.outputs
             for source in pq.read_table(tmp_path / "run" / "dedup" / output["path"]).column("source").to_pylist()]  # fmt: skip
     assert set(kept) == {str(number) for number in range(60)}
+
+
+# -- where documents meet, and which stays
+
+
+def _snapshots(tmp_path):
+    folder, text = tmp_path / "web", " ".join(f"word{n}" for n in range(200))
+    texts = {
+        "one/a.txt": text,
+        "one/b.txt": text + " more",
+        "two/a.txt": text.replace(" ", "   "),
+        "two/c.txt": " ".join(f"other{n}" for n in range(200)),
+    }
+    for name, content in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return [*TINY, f"data.path={folder}", "data.dedup=minhash"], texts
+
+
+@pytest.mark.parametrize(("words", "stay"), [
+    (["data.keep=longest"], [{"one/b.txt", "two/c.txt"}]),
+    (["data.dedup_within=folder", "data.keep=longest"], [{"one/b.txt", "two/a.txt", "two/c.txt"}]),
+    ([], [{"one/a.txt", "two/c.txt"}, {"one/b.txt", "two/c.txt"}, {"two/a.txt", "two/c.txt"}]),
+])  # fmt: skip
+def test_where_documents_meet_and_which_stays(foretold, tmp_path, words, stay):
+    plan, texts = _snapshots(tmp_path)
+    status, _, err = foretold("real", "only=extract,dedup", *plan, *words)
+    assert status == 0, err
+    run = next((tmp_path / "runs").glob("*/real"))
+    rows = [row for output in Manifest.read(run / "dedup").paths(".parquet") for row in documents(run / "dedup" / output["path"])]
+    found = {str(Path(row.source).relative_to(tmp_path / "web")) for row in rows}
+    assert found in stay and all(texts[str(Path(row.source).relative_to(tmp_path / "web"))] == row.text for row in rows)
+
+
+def test_folders_need_a_folder(foretold):
+    status, _, err = foretold("real", *TINY, "data.dedup_within=folder")
+    assert status == 2 and "data.dedup_within=folder needs data.path=python to be a folder of folders" in err
