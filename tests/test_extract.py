@@ -182,7 +182,8 @@ class _Paragraphs(HTMLParser):
             self.parts[-1] += data
 
 
-UDHR = """id ind hr hrv sr srp_cyrl no nob zh cmn_hans sw swh af afr ar arb bg bul ca cat cs ces cy cym da dan de deu_1996 el ell_monotonic en eng eo epo es spa et est eu eus fa pes_1
+UDHR = """id ind hr hrv sr srp_cyrl no nob zh cmn_hans sw swh
+af afr ar arb bg bul ca cat cs ces cy cym da dan de deu_1996 el ell_monotonic en eng eo epo es spa et est eu eus fa pes_1
 fi fin fr fra ga gle gl glg he heb hi hin hu hun hy hye is isl it ita ja jpn ka kat ko kor la lat lt lit lv lvs mk mkd ml mal mn khk
 nl nld pl pol pt por_PT ro ron_2006 ru rus sk slk sl slv sq als sv swe ta tam te tel th tha tr tur uk ukr ur urd vi vie"""
 
