@@ -5,6 +5,7 @@ same paths lead to the same files: a cluster's servers share the folders of the 
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from real.maintext import LIBRARIES
 from real.stage import workers
 
 ATTEMPTS = 3  # after a worker or its server is lost
+WAIT = 10  # seconds for a cluster's first word
 
 
 @contextmanager
@@ -62,12 +64,21 @@ class RayPool(Executor):
 def _ray() -> RayPool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS", "")
     try:
+        _knock(address)
         return RayPool()
     except ImportError as error:
         raise Refused("data.runner=ray needs ray, which is not installed; pip install 'foretold[cluster]'") from error
-    except ConnectionError as error:
-        raise Refused(f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray cluster answers there; start one, or unset it") from error
+    except OSError as error:
+        raise Refused(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start one, or unset it") from error
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens: Ray itself would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT).close()
 
 
 def _there(folder: str, work: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:

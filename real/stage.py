@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,13 @@ def run(folder: Path, tasks: Iterable[Task], config: Mapping[str, Any], pool: Ex
         else:
             waiting[pool.submit(_do, folder, slip, task)] = slip
     progress(len(receipts) / max(1, len(slips)))
-    for future in as_completed(waiting):
-        receipts[waiting[future]] = future.result()
-        progress(len(receipts) / len(slips))
+    try:
+        for future in as_completed(waiting):
+            receipts[waiting[future]] = future.result()
+            progress(len(receipts) / len(slips))
+    except BrokenProcessPool as error:
+        raise Refused(f"{folder.name}: a worker was killed, most likely because memory ran out; give the same command again, which goes on "
+                      "after what has a receipt, with a smaller cluster.cores_per_node if it happens again") from error  # fmt: skip
     ordered = [receipts[slip] for slip, _ in slips]
     outputs = [o for receipt in ordered for o in receipt["outputs"]]
     counters: dict[str, float] = {"tasks": len(slips)}

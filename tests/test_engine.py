@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from real.stage import Manifest
+from conf.errors import Refused
+from conf.program import main
+from real.stage import Manifest, Task, run, workers
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +48,31 @@ def command(*words: str) -> list[str]:
 def finish(words: list[str]) -> None:
     done = subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _dies(folder: Path, name: str) -> dict[str, int]:
+    if name == "b":
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / name).write_text(name)
+    return {}
+
+
+def test_a_lost_worker_is_one_line_and_costs_one_task(tmp_path):
+    tasks = [Task(name, _dies, (), ()) for name in "ab"]
+    with (
+        workers(1) as pool,
+        pytest.raises(Refused, match=r"^stage: a worker was killed, most likely because memory ran out"),
+    ):
+        run(tmp_path / "stage", tasks, {}, pool, {}, lambda _: None)
+    assert (tmp_path / "stage" / "a").read_text() == "a" and not (tmp_path / "stage" / "b").exists()
+    assert len(list((tmp_path / "stage" / "receipts").iterdir())) == 1
+
+
+def test_a_cluster_that_is_not_there_is_one_line(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.chdir(tmp_path)
+    status = main(["real", "only=extract", *TINY, "data.runner=ray", "data.limit=10 kB"])
+    assert status == 2 and "RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there" in capfd.readouterr().err
 
 
 @pytest.mark.slow
