@@ -15,7 +15,7 @@ from conf.plan import Plan
 from sim.kernels import Rates
 from sim.timeline import Bar, Timeline
 
-MANY = 20_000  # tasks that are simulated one by one
+MANY = 5_000  # tasks that are simulated one by one
 T = TypeVar("T")
 Course: TypeAlias = Generator[simpy.Event, Any, T]  # what takes simulated time and then returns a T
 

@@ -42,7 +42,7 @@ def test_stragglers_have_the_same_mean_and_a_longer_end():
     assert work == pytest.approx(8000, rel=0.03) and work / 8 < wall < work / 8 * 1.01
     assert spent(even, [1.0] * 8000)[0] == 1000
     drawn = np.random.default_rng(0).lognormal(-(0.5**2) / 2, 0.5, (400, 8)).max(1).mean()  # of one round of eight the slowest counts
-    found = np.mean([spent(cluster(2, 4, "data.spread=0.5", f"seed={seed}"), [1.0] * 8)[0] for seed in range(60)])
+    found = np.mean([spent(uneven.but(seed=seed), [1.0] * 8)[0] for seed in range(200)])
     assert found == pytest.approx(drawn, rel=0.15)
 
 

@@ -83,7 +83,7 @@ def test_hostile_records_cost_only_themselves(tmp_path):
         "a large page": ("text/html", html("<p>x</p>" * 40_000)),
         "an empty page": ("text/html", b""),
         "a page without text": ("text/html", html("<script>x()</script>")),
-        "a deep page": ("text/html", html("<div>" * 20_000 + PROSE + "</div>" * 20_000)),
+        "a deep page": ("text/html", html("<div>" * 5_000 + PROSE + "</div>" * 5_000)),
         "zeros": ("text/html", html(f"<p>{PROSE}\0\0</p>")),
         "no UTF-8": ("text/html; charset=utf-8", html(f"<p>{PROSE}").replace(b"river", b"riv\xff\xfeer") + b"</p>"),
         "a film": ("video/mp4", b"x"),

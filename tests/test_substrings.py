@@ -118,7 +118,7 @@ def by_suffix_array(rows: list[tuple[str, str, str]], length: int) -> dict[Windo
     return {owners[at]: at == min(group) for group in groups if len(group) > 1 for at in group}
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
 def planted(request, tmp_path_factory):
     rows = corpus(request.param)
     return rows, by_suffix_array(rows, N), cut_out(rows, 1, tmp_path_factory.mktemp("one"))
