@@ -37,7 +37,7 @@ class Archive:
             self.file = (self.folder / f"{self.name}.tmp").open("wb")
             self.writer = WARCWriter(self.file, gzip=True)
             self.writer.write_record(self.writer.create_warcinfo_record(self.name, self.about))
-        head = StatusAndHeaders(f"{answer.status} {answer.reason}", _headers(answer), protocol="HTTP/1.1")
+        head = StatusAndHeaders(_ascii(f"{answer.status} {answer.reason}"), _headers(answer), protocol="HTTP/1.1")
         record = self.writer.create_warc_record(url, "response", BytesIO(answer.body), http_headers=head, warc_headers_dict=more)
         self.writer.write_record(record)
         self.file.flush()
@@ -58,7 +58,12 @@ class Archive:
 def _headers(answer: Any) -> list[tuple[str, str]]:
     """The headers as they came, but for those that would lie about the body as it is kept: without chunks, or cut."""
     lies = {"transfer-encoding"} | ({"content-length"} if answer.cut else set())
-    return [(f"X-Crawler-{name}" if name.lower() in lies else name, value) for name, value in answer.headers]
+    return [(_ascii(f"X-Crawler-{name}" if name.lower() in lies else name), value) for name, value in answer.headers]
+
+
+def _ascii(text: str) -> str:
+    """Names and reasons are ASCII (RFC 9110), whatever a host sends; values that are not are escaped by the writer."""
+    return text.encode("ascii", "replace").decode()
 
 
 def _finish(aside: Path) -> None:

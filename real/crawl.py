@@ -168,7 +168,7 @@ class Crawler:
         """Ask for an address, if robots.txt lets us; returns the journal's line."""
         line = target._asdict()
         rules = await self._rules(host, target.url)
-        if not rules.can_fetch(target.url, self.name) or host.delay > max(self.plan.delay_limit, self.plan.host_delay):
+        if not rules.can_fetch(target.url, self.name):
             return line | {"outcome": "robots"}
         answer = await self._ask(host, target.url, self.plan.page_limit, (*HTML, *TEXT))
         if isinstance(answer, str):
@@ -198,10 +198,12 @@ class Crawler:
                 self.journal.robots[origin] = kept
                 self.journal.write(kept)
             rules = Protego.parse(kept["text"])
+            asked = float(rules.crawl_delay(self.name) or 0.0)
+            if not asked <= self.plan.delay_limit:  # nor is a number
+                rules, asked = Protego.parse(NOBODY), 0.0
             host.rules[origin] = rules, kept["since"]
-            before, asked = host.delay, (float(r.crawl_delay(self.name) or 0.0) for r, _ in host.rules.values())
-            host.delay = max(self.plan.host_delay, *asked)
-            host.ready += host.delay - before  # the pause that has begun is the longer one already
+            host.ready += max(0.0, asked - host.delay)  # the pause that has begun is the longer one already
+            host.delay = max(host.delay, asked)
         return rules
 
     async def _robots(self, origin: str) -> str:
@@ -270,7 +272,7 @@ def links(answer: Answer, base: str, most: float) -> list[str]:
         return []
     try:
         page = HTMLTree.parse(decoded(_plain(answer, most), answer.charset)).document
-    except (Passed, ValueError):  # no text, whatever its head says
+    except (Passed, ValueError, RuntimeError):  # no text, whatever its head says, or nothing that a parser takes
         return []
     for element in page.get_elements_by_tag_name("base")[:1]:
         base = normal(element.getattr("href") or "", base) or base
@@ -290,7 +292,7 @@ def crawl(folder: Path, plan: Crawl, progress: Callable[[float], None]) -> Manif
         asyncio.run(crawler.run())
     except OSError as error:
         raise refusal(error, folder) from error
-    counters = dict(crawler.counted) | {"hosts": len(crawler.frontier.asked), "known": len(crawler.frontier.known)}
+    counters = dict(crawler.counted) | {"hosts": len(crawler.frontier.asked), "left": crawler.frontier.left}
     outputs = [{"path": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.glob("*.warc.gz"))]
     facts = {"seeds": list(plan.seeds)}
     content = {"stage": "crawl", "outputs": outputs, "counters": counters, "seconds": crawler.seconds, "facts": facts}

@@ -78,6 +78,11 @@ class Frontier:
         self.asked[host] = self.asked.get(host, 0) + 1
         return self.queues[host].popleft()
 
+    @property
+    def left(self) -> int:
+        """Addresses that wait, or were too many for their host."""
+        return sum(map(len, self.queues.values()))
+
     def replay(self, lines: list[dict[str, Any]]) -> None:
         """Stand where an earlier attempt stood: what it has answered is not asked for again."""
         for line in lines:

@@ -231,9 +231,7 @@ def measured(name: str, manifest: Manifest) -> dict[str, float]:
 def told(name: str, manifest: Manifest) -> str:
     c = manifest.counters
     if name == "crawl":
-        left = ", ".join(
-            f"{n:,.0f} {name.replace('_', ' ')}" for name, n in c.items() if n and name not in ("pages", "bytes", "hosts", "known")
-        )
+        left = ", ".join(f"{n:,.0f} {name.replace('_', ' ')}" for name, n in c.items() if n and name not in ("pages", "bytes", "hosts"))
         found = f"{c['pages']:,.0f} pages of {c['hosts']:,.0f} hosts, {c['bytes'] / 1e6:,.1f} MB"
         return f"crawl: {found} in {manifest.seconds:.1f} s; {left or 'nothing left out'}"
     if name == "extract":

@@ -17,10 +17,9 @@ ALONE = {
             "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
         "archive", "attention", "bigram", "bpe", "buddy", "contamination", "data", "dry", "engine", "filters", "fp8", "frontier",
-        "guard", "heartbeat",
-        "huggingface", "initial", "integrity", "language", "layers", "loss", "maintext", "measure", "minhash", "model", "moe", "muon",
-        "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress", "resume", "slurm", "stability", "stage",
-        "storage", "straggler", "substring", "tiers", "trainer", "urls", "winnow",
+        "guard", "heartbeat", "huggingface", "initial", "integrity", "language", "layers", "loss", "maintext", "measure", "minhash",
+        "model", "moe", "muon", "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress", "resume", "slurm",
+        "stability", "stage", "storage", "straggler", "substring", "tiers", "trainer", "urls", "winnow",
     },
 }  # fmt: skip
 

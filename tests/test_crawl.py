@@ -182,7 +182,11 @@ def test_limits(tmp_path):
         assert shallow.counters["pages"] == 4
         web.seen.clear()
         with pytest.raises(Refused, match="gave no page"):
-            crawl(tmp_path / "impatient", plan(web, host_delay=0.0, delay_limit=0.001, seeds=[f"http://{web.hosts[1]}/0"]), lambda _: None)
+            crawl(
+                tmp_path / "impatient",
+                plan(web, host_delay=0.0, delay_limit=0.001, seeds=[f"http://{web.hosts[1]}/{n}" for n in range(3)]),
+                lambda _: None,
+            )
         assert [path for _, path in web.seen[web.hosts[1]]] == ["/robots.txt"]
 
 
@@ -212,6 +216,13 @@ def test_robots_that_cannot_be_had_forbid_all(tmp_path, monkeypatch, answers, sa
     crawler = Crawler(Crawl(seeds=["http://a.example/"]), tmp_path, lambda _: None)
     monkeypatch.setattr(crawler, "_ask", ask)
     assert asyncio.run(crawler._robots("http://a.example")) == said
+
+
+def test_what_hosts_say_of_themselves_is_kept_as_far_as_it_can_be(tmp_path):
+    archive = Archive(tmp_path, 1e9, [], {})
+    archive.write("http://a.example/", Answer(200, "\xffine", [("X-\xe9", "\xff\x01")], "text/html", None, b"page", False), {})
+    archive.close()
+    assert [body for _, _, body in records(tmp_path)] == [b"page"]
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
@@ -308,7 +319,8 @@ def test_links_follow_the_page_s_base_and_leave_out_nofollow():
 def even():
     """Ten hosts of fifty pages; each in a row: robots.txt, then for every page a pause, an answer, a transfer."""
     return load(["data.path=crawl", "crawl.expected_hosts=10", "crawl.expected_pages=50", "crawl.seeds=[http://a.example/]",
-                 "crawl.latency=0.25 s",                 "crawl.page_bytes=1 MB", "crawl.host_delay=2 s", "crawl.bandwidth=1 TB/s", "train.steps=1", "train.warmup=0"])  # fmt: skip
+                 "crawl.latency=0.25 s", "crawl.page_bytes=1 MB", "crawl.host_delay=2 s", "crawl.bandwidth=1 TB/s", "train.steps=1",
+                 "train.warmup=0"])  # fmt: skip
 
 
 @pytest.mark.parametrize(
