@@ -243,6 +243,7 @@ def test_nobody_answers(tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["counters"]["robots"] == 1
 
 
+@pytest.mark.slow  # torch is loaded, and processes start
 def test_from_the_web_to_documents(foretold):
     """The stage as a user runs it, and the next one on what it fetched."""
     with Web(30) as web:
