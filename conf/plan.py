@@ -208,8 +208,35 @@ class Model(Node):
 
 
 @dataclass(kw_only=True)
+class Crawl(Node):
+    """Pages fetched from the web; without seeds the stage is off."""
+
+    seeds: list[str] = say("addresses at which the crawl begins, as in [https://example.org/]; empty = no crawl", list)
+    hosts: list[str] = say("hosts that may be asked beside those of the seeds, as in [example.org,localhost:8000]; [any] = all", list)
+    pages: int = say("most pages to keep", 10_000, must=POSITIVE)
+    pages_per_host: int = say("most pages, found or not, that a host is asked for", 1000, must=POSITIVE)
+    depth: int = say("most links between a seed and a page", 10, must=NOT_NEGATIVE)
+    redirects: int = say("most redirects in a row that are followed", 5, must=NOT_NEGATIVE)
+    host_delay: Seconds = say("least time between two requests to a host; its robots.txt may ask for more", "1 s", must=NOT_NEGATIVE)
+    delay_limit: Seconds = say("a host whose robots.txt asks for more time than this is left alone", "60 s", must=NOT_NEGATIVE)
+    hosts_at_once: int = say("most requests at the same time, each to another host", 64, must=POSITIVE)
+    timeout: Seconds = say("most time that a request may take", "30 s", must=POSITIVE)
+    page_limit: Bytes = say("most bytes of a page that are kept", "5 MB", must=POSITIVE)
+    segment: Bytes = say("size at which an archive is closed and the next begun", "256 MB", must=POSITIVE)
+    agent: str = say("User-Agent that is sent; what stands before its first / is the name that robots.txt is asked for", "foretold/0.1")
+    expected_hosts: Optional[int] = say("expected hosts; null = those of the seeds", None, must=POSITIVE)
+    expected_pages: Optional[int] = say("expected pages of a host; null = pages_per_host", None, must=POSITIVE)
+    page_bytes: Bytes = say("expected bytes of a page as it is sent", "100 kB", must=POSITIVE)
+    latency: Seconds = say("expected time until a host answers", "0.5 s", must=POSITIVE)
+    bandwidth: ByteRate = say("expected bandwidth of the way to the web", "10 MB/s", must=POSITIVE)
+    source: str = say("where the expectations come from", "")
+
+
+@dataclass(kw_only=True)
 class Data(Node):
-    path: Optional[str] = say("file, folder or glob of text; python = the Python library on this machine; null = tokens exist")
+    path: Optional[str] = say(
+        "file, folder or glob of text; python = the Python library on this machine; crawl = what the crawl fetched; null = tokens exist"
+    )
     limit: Bytes = say("most bytes of text to read", must=POSITIVE)
     text_field: str = say("field or column that holds the text in .jsonl and .parquet")
     held_out: float = say("share of documents kept for evaluation", must=SHARE)
@@ -571,6 +598,7 @@ class Plan(Node):
     gpu: Gpu = say("the device", Gpu)
     cluster: Cluster = say("the machines", Cluster)
     model: Model = say("the model", Model)
+    crawl: Crawl = say("the crawl", Crawl)
     data: Data = say("the corpus", Data)
     tokenizer: Tokenizer = say("the tokenizer", Tokenizer)
     mesh: Mesh = say("the parallelism", Mesh)
@@ -646,6 +674,8 @@ class Plan(Node):
         """Digest of every value, the profile's content included; it starts with a letter, so no tool reads a number."""
         values = dataclasses.asdict(self)
         del values["published"]
+        if not self.crawl.seeds:
+            del values["crawl"]  # what is off changes nothing
         values["profile"] = digest(Path(self.profile)) if self.profile else None
         values["grid"]["hourly"] = digest(Path(self.grid.hourly)) if self.grid.hourly else None
         text = json.dumps(values, sort_keys=True)

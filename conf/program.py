@@ -248,7 +248,7 @@ _PATHS = ("data.path", "profile", "grid.hourly")
 def _quoted(arg: str) -> str:
     """Paths may hold commas, blanks and equals signs, which Hydra's grammar would read as its own."""
     name, equals, value = arg.partition("=")
-    plain = name.lstrip("+") in _PATHS and value not in ("null", "python")
+    plain = name.lstrip("+") in _PATHS and value not in ("null", "python", "crawl")
     if equals and plain and value[:1] not in "'\"":
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"{name}='{escaped}'"

@@ -89,6 +89,8 @@ QUANTITIES: dict[str, tuple[str, str]] = {
     "water": ("L", "water used on site and for generation"),
     "cost": ("USD", "device-hours at the plan's price"),
     "peak_power": ("W", "highest power at the building's meter"),
+    "pages": ("count", "pages that the crawl kept"),
+    "pages_per_s": ("1/s", "pages that the crawl kept, a second"),
     "documents": ("count", "documents that left the stage"),
     "documents_per_s": ("1/s", "documents that entered the stage, a second"),
     "bytes": ("B", "bytes of text that entered the stage"),

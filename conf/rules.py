@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from conf import script
 from conf.duration import Duration
@@ -29,7 +30,7 @@ def problems(plan: Plan) -> list[str]:
 
 def meshless_problems(plan: Plan) -> list[str]:
     """The same for a plan whose mesh is still to be found."""
-    return [*_values(plan), *_shapes(plan), *_training(plan), *_failures(plan), *_world(plan), *_facts(plan)]
+    return [*_values(plan), *_shapes(plan), *_crawl(plan), *_training(plan), *_failures(plan), *_world(plan), *_facts(plan)]
 
 
 def _values(plan: Plan) -> Iterator[str]:
@@ -150,6 +151,24 @@ def _mesh(plan: Plan) -> Iterator[str]:
     elif plan.train.first_batch and (plan.train.first_batch % max(1, share) or plan.train.global_batch % plan.train.first_batch):
         rule = f"a multiple of {share} (data-parallel ranks × train.micro_batch) that divides train.global_batch={plan.train.global_batch}"
         yield f"train.first_batch={plan.train.first_batch} must be {rule}; set train.first_batch={share}, or null"
+
+
+def _of_the_web(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", address)
+    except ValueError:  # a port that is no number, an IPv6 address without its end
+        return False
+
+
+def _crawl(plan: Plan) -> Iterator[str]:
+    for seed in plan.crawl.seeds:
+        if not _of_the_web(seed):
+            yield f"crawl.seeds: {seed!r} is no address of the web; write for example crawl.seeds=[https://example.org/]"
+    if plan.data.path == "crawl" and not plan.crawl.seeds:
+        yield "data.path=crawl needs crawl.seeds; write for example crawl.seeds=[https://example.org/]"
+    if not re.fullmatch(r"[A-Za-z_-]+(/[^\r\n]*)?", plan.crawl.agent):
+        yield f"crawl.agent={plan.crawl.agent!r} must be a name of letters, then / and anything; write for example crawl.agent=foretold/0.1"
 
 
 def _training(plan: Plan) -> Iterator[str]:

@@ -27,6 +27,7 @@ foretold real [options] [group=option] [key=value]   execute a plan
   foretold real                                  the default plan: this machine's Python library, eight hundred thousand parameters
   foretold real data.path='corpus/**/*.txt'      your own text
   foretold real only=extract,dedup,tokens        some stages
+  foretold real only=crawl crawl.seeds=[https://example.org/]   pages of the web, politely; with data.path=crawl as the corpus
   foretold real only=kernels,network             time this machine's operations, for `foretold analysis calibrate`
   foretold real dry=true experiment=llama3_8b    what every rank would hold and send, without a GPU
   foretold real start=runs/p0a1b2c3d4 mesh.tp=2  go on from another plan's checkpoint, on another mesh

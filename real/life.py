@@ -1,5 +1,6 @@
 """A model's life, executed: extract → dedup → tokens → pretrain, each stage from where it stopped."""
 
+import glob
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor
@@ -20,7 +21,7 @@ from real.place import Place, join
 from real.stage import Manifest
 from real.summary import summary
 
-DATA = ("extract", "dedup", "tokens")
+DATA = ("crawl", "extract", "dedup", "tokens")
 STAGES = (*DATA, "pretrain")
 NO_CORPUS = "data.path=null: real needs a corpus; name a file, folder or glob, or data=python"
 
@@ -43,12 +44,29 @@ class Life:
         later = place is not None and place.number > 0  # whose start is none of the run
         self.record.event("replica" if later else "run", "start", furthest=self.furthest)
 
+    def crawl(self) -> None:
+        """Fetch pages of the web; politeness makes it wait, so that one process is enough."""
+        try:
+            from real.crawl import crawl
+        except ImportError as error:
+            raise Refused(f"crawl.seeds needs {error.name}, which is not installed; pip install 'foretold[data]'") from error
+        self._book("crawl", lambda: crawl(self.folder / "crawl", self.plan.crawl, self._progress("crawl")))
+
     def data(self, names: Collection[str]) -> None:
-        """The data stages, on one pool of workers."""
+        """The data stages: the crawl, if there are seeds, and then the others on one pool of workers."""
+        if "crawl" in names and self.plan.crawl.seeds:
+            self.crawl()
+        elif "crawl" in names and set(names) != set(DATA):
+            raise Refused("crawl.seeds=[] names no address; say where the crawl begins with crawl.seeds=[https://example.org/]")
+        names = [name for name in names if name != "crawl"]
+        if not names:
+            return
         if self.plan.data.path is None:
             raise Refused(NO_CORPUS)
         began = self.record.now()
-        self.found = files(self.plan.data) if "extract" in names else []
+        if "extract" in names:
+            self.read = self._corpus()
+            self.found = files(self.read.data)
         with engine(self.plan) as pool:
             self._spend("init", "run", began)
             try:
@@ -59,10 +77,13 @@ class Life:
                 raise
 
     def _stage(self, name: str, pool: Executor) -> None:
+        self._book(name, lambda: {"extract": self._extract, "dedup": self._dedup, "tokens": self._tokens}[name](pool))
+
+    def _book(self, name: str, work: Callable[[], Manifest]) -> None:
         began = self.record.now()
         self.record.event(name, "start")
         self.record.flush()
-        manifest = {"extract": self._extract, "dedup": self._dedup, "tokens": self._tokens}[name](pool)
+        manifest = work()
         self._spend("data", name, began)
         for quantity, value in measured(name, manifest).items():
             self.record.observe(name, quantity, value)
@@ -94,10 +115,17 @@ class Life:
 
         return show_share
 
+    def _corpus(self) -> Plan:
+        """The plan with the run's own crawl as its corpus, where that is asked for."""
+        if self.plan.data.path != "crawl":
+            return self.plan
+        Manifest.read(self.folder / "crawl")
+        return self.plan.but(**{"data.path": glob.escape(str(self.folder / "crawl")) + "/*.warc.gz"})
+
     def _extract(self, pool: Executor) -> Manifest:
         facts = {"path": self.plan.data.path, "tasks_of": SHARD}
-        config = extract.config(self.plan, self.found)
-        done = stage.run(self.folder / "extract", extract.tasks(self.plan, self.found), config, pool, facts, self._progress("extract"))
+        config, work = extract.config(self.read, self.found), extract.tasks(self.read, self.found)
+        done = stage.run(self.folder / "extract", work, config, pool, facts, self._progress("extract"))
         if not done.counters.get("documents"):
             unread = int(done.counters.get("unreadable", 0))
             why = f"none of its {unread} files could be read" if unread else "its files are empty"
@@ -204,6 +232,8 @@ class Life:
 def measured(name: str, manifest: Manifest) -> dict[str, float]:
     """What a data stage says of itself."""
     c, seconds = manifest.counters, max(manifest.seconds, 1e-9)
+    if name == "crawl":
+        return {"seconds": seconds, "pages": c["pages"], "bytes": c["bytes"], "pages_per_s": c["pages"] / seconds}
     if name == "extract":
         return {
             "seconds": seconds,
@@ -223,6 +253,10 @@ def measured(name: str, manifest: Manifest) -> dict[str, float]:
 
 def told(name: str, manifest: Manifest) -> str:
     c = manifest.counters
+    if name == "crawl":
+        left = ", ".join(f"{n:,.0f} {name.replace('_', ' ')}" for name, n in c.items() if n and name not in ("pages", "bytes", "hosts"))
+        found = f"{c['pages']:,.0f} pages of {c['hosts']:,.0f} hosts, {c['bytes'] / 1e6:,.1f} MB"
+        return f"crawl: {found} in {manifest.seconds:.1f} s; {left or 'nothing left out'}"
     if name == "extract":
         spoilt = f", {c['unreadable']:,.0f} unreadable" if c["unreadable"] else ""
         found = f"{c['files']:,.0f} files, {c['documents']:,.0f} documents, {c['bytes'] / 1e6:,.1f} MB"

@@ -17,7 +17,7 @@ def summary(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
     rows = list(ledger)
     told: dict[str, float | Value] = {}
     for row in rows:
-        if row["stage"] in ("extract", "dedup", "tokens") and row["quantity"] not in STATES:
+        if row["stage"] in ("crawl", "extract", "dedup", "tokens") and row["quantity"] not in STATES:
             told[f"{row['stage']}.{row['quantity']}"] = row["value"]
     states = state_totals(rows)
     told |= {f"state.{name}": seconds for name, seconds in states.items()}

@@ -202,7 +202,7 @@ def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
     mesh = " × ".join(f"{axis} {degree}" for axis, degree in plan.axes.items() if degree > 1) or "one rank"
     size = _size(quantities["pretrain.parameters"]["value"])
     lines = [f"plan {plan.id}   {plan.model.name}, {size} parameters   {plan.ranks:,} × {plan.gpu.name}   {mesh}"]
-    stages = {name: tuple(q for q in quantities if q.startswith(name + ".")) for name in ("extract", "dedup", "tokens")}
+    stages = {name: tuple(q for q in quantities if q.startswith(name + ".")) for name in ("crawl", "extract", "dedup", "tokens")}
     for title, names in {**stages, **SHOWN}.items():
         known = [name for name in names if name in quantities]
         lines += ["", title] if known else []

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from conf.plan import Plan
 from sim.clocks import Feed
 from sim.cluster import Course, World
+from sim.crawl import corpus_of, crawl
 from sim.dedup import dedup, unique
 from sim.extract import corpus, extract, kept
 from sim.failures import faults, spikes
@@ -89,10 +90,11 @@ def _data(world: World, history: History) -> Course[None]:
     began = world.now
     yield world.env.timeout(world.rates.workers)
     world.timeline.spend("run", {"init": 1.0}, began, world.now)
-    whole = corpus(world.plan.data)
+    whole = corpus(corpus_of(world.plan))
     text = kept(whole, world.plan.data)
     stay = unique(text, world.plan.data)
-    stages = {"extract": partial(extract, found=whole), "dedup": partial(dedup, text=text), "tokens": partial(tokens, text=stay)}
+    first = {"crawl": crawl} if world.plan.crawl.seeds else {}
+    stages = first | {"extract": partial(extract, found=whole), "dedup": partial(dedup, text=text), "tokens": partial(tokens, text=stay)}
     for name, stage in stages.items():
         start = world.now
         world.event(name, "start")

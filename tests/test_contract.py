@@ -16,10 +16,10 @@ ALONE = {
     "sim": {"story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
             "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
-        "attention", "bigram", "bpe", "buddy", "contamination", "data", "dry", "engine", "filters", "fp8", "guard", "heartbeat",
-        "huggingface", "initial", "integrity", "language", "layers", "lineage", "loss", "maintext", "measure", "minhash", "model",
-        "moe", "muon", "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress", "resume", "shards", "slurm",
-        "stability", "stage", "storage", "straggler", "substring", "tiers", "trainer", "urls", "winnow",
+        "archive", "attention", "bigram", "bpe", "buddy", "contamination", "data", "dry", "engine", "filters", "fp8", "frontier",
+        "guard", "heartbeat", "huggingface", "initial", "integrity", "language", "layers", "lineage", "loss", "maintext", "measure",
+        "minhash", "model", "moe", "muon", "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress",
+        "resume", "shards", "slurm", "stability", "stage", "storage", "straggler", "substring", "tiers", "trainer", "urls", "winnow",
     },
 }  # fmt: skip
 
