@@ -10,6 +10,7 @@ from zlib import crc32
 
 import numpy as np
 import simpy
+from numpy.typing import NDArray
 
 from conf.plan import Plan
 from sim.kernels import Rates
@@ -36,7 +37,7 @@ class World:
         self.timeline.event(self.now, stage, event, step, **detail)
 
 
-def pool(world: World, stage: str, seconds: Sequence[float], moved: float) -> Course[None]:
+def pool(world: World, stage: str, seconds: Sequence[float] | NDArray[np.float64], moved: float) -> Course[None]:
     """Workers that each take the next task until none is left.
 
     `moved` bytes come from the storage, which all share: where it is slower than the workers it sets their pace. A task that fails is done
@@ -45,7 +46,9 @@ def pool(world: World, stage: str, seconds: Sequence[float], moved: float) -> Co
     plan, dice = world.plan, np.random.default_rng([world.plan.seed, crc32(stage.encode())])
     workers = min(len(seconds), crew(plan))
     times = np.asarray(seconds) * dice.lognormal(-(plan.data.spread**2) / 2, plan.data.spread, len(seconds))  # of mean 1
-    times *= max(1.0, moved / plan.cluster.storage_read / max(sum(seconds) / workers, 1e-12)) if plan.data.runner == "ray" else 1.0
+    times *= (
+        max(1.0, moved / plan.cluster.storage_read / max(float(np.sum(seconds)) / workers, 1e-12)) if plan.data.runner == "ray" else 1.0
+    )
     failed = times[dice.random(len(times)) < plan.data.failing]
     times = np.concatenate([times, failed * dice.random(len(failed))])  # what was done before they failed, somewhere between
     gang = -(-len(times) // MANY)

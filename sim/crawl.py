@@ -11,7 +11,9 @@ import simpy
 
 from conf.corpus import SHARD
 from conf.plan import Crawl, Data, Plan
-from sim.cluster import MANY, Course, World, per_second
+from sim.cluster import Course, World, per_second
+
+MANY = 20_000  # pages that are simulated one by one
 
 
 class Streets(NamedTuple):

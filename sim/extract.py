@@ -3,7 +3,11 @@
 The sizes of the files are known beforehand, so bytes and tasks are exact; only the rate is a forecast.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from conf.corpus import MANY, SHARD, files, kind_of
 from conf.plan import Data
@@ -14,16 +18,20 @@ from sim.cluster import Course, World, per_second, pool
 class Corpus:
     """Text between two stages: bytes of each shard, and documents in all of them."""
 
-    shards: tuple[float, ...]
+    shards: Sequence[float] | NDArray[np.float64]
     documents: float
 
     @property
     def bytes(self) -> float:
-        return sum(self.shards)
+        return float(np.sum(self.shards))
 
     def times(self, share: float) -> "Corpus":
         """The same shards with this share of text and of documents."""
-        return Corpus(tuple(size * share for size in self.shards), self.documents * share)
+        return Corpus(np.asarray(self.shards) * share, self.documents * share)
+
+    def seconds(self, rate: float) -> NDArray[np.float64]:
+        """Of each shard at so many bytes a second."""
+        return np.asarray(self.shards, np.float64) / rate
 
 
 def corpus(data: Data) -> Corpus:
@@ -31,7 +39,7 @@ def corpus(data: Data) -> Corpus:
     if data.path is None:
         assert data.raw is not None, "a plan without a corpus reads no files"
         count = max(1, min(data.raw_files, round(data.raw / SHARD)))
-        return Corpus((data.raw / count,) * count, data.raw * data.text_yield / data.document_bytes)
+        return Corpus(np.full(count, data.raw / count), data.raw * data.text_yield / data.document_bytes)
     shards, group, documents = [], 0.0, 0.0
     for path, size in files(data):
         documents += max(1.0, size * data.text_yield / data.document_bytes) if kind_of(path) in MANY else 1.0
@@ -45,7 +53,7 @@ def corpus(data: Data) -> Corpus:
 def extract(world: World, found: Corpus) -> Course[dict[str, float]]:
     """Read every group of files on the pool; returns what the stage says of itself."""
     began = world.now
-    yield from pool(world, "extract", [size / world.rates.extract_rate for size in found.shards], found.bytes)
+    yield from pool(world, "extract", found.seconds(world.rates.extract_rate), found.bytes)
     seconds = world.now - began
     documents = kept(found, world.plan.data).documents
     text = found.bytes * world.plan.data.text_yield
@@ -61,4 +69,4 @@ def extract(world: World, found: Corpus) -> Course[dict[str, float]]:
 def kept(found: Corpus, data: Data) -> Corpus:
     """What is left when the files have become text and the expected share that the rules refuse is gone from every shard."""
     left = found.times(1 - data.filtered)
-    return Corpus(tuple(size * data.text_yield for size in left.shards), left.documents)
+    return Corpus(np.asarray(left.shards) * data.text_yield, left.documents)

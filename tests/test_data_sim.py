@@ -38,17 +38,17 @@ def test_a_slow_storage_sets_the_pace():
 
 def test_stragglers_have_the_same_mean_and_a_longer_end():
     even, uneven = cluster(2, 4), cluster(2, 4, "data.spread=0.5")
-    wall, work = spent(uneven, [1.0] * 8000)
-    assert work == pytest.approx(8000, rel=0.03) and work / 8 < wall < work / 8 * 1.01
-    assert spent(even, [1.0] * 8000)[0] == 1000
+    wall, work = spent(uneven, [1.0] * 4000)
+    assert work == pytest.approx(4000, rel=0.03) and work / 8 < wall < work / 8 * 1.01
+    assert spent(even, [1.0] * 4000)[0] == 500
     drawn = np.random.default_rng(0).lognormal(-(0.5**2) / 2, 0.5, (400, 8)).max(1).mean()  # of one round of eight the slowest counts
     found = np.mean([spent(uneven.but(seed=seed), [1.0] * 8)[0] for seed in range(200)])
     assert found == pytest.approx(drawn, rel=0.15)
 
 
 def test_a_failed_task_costs_what_was_done_of_it():
-    _, work = spent(cluster(2, 4, "data.failing=0.2"), [1.0] * 8000)
-    assert work == pytest.approx(8000 * 1.1, rel=0.02)  # a fifth of them half done, on average
+    _, work = spent(cluster(2, 4, "data.failing=0.2"), [1.0] * 4000)
+    assert work == pytest.approx(4000 * 1.1, rel=0.03)  # a fifth of them half done, on average
 
 
 @pytest.mark.parametrize("tasks", [MANY - 1, MANY + 1, 10 * MANY])
@@ -56,7 +56,7 @@ def test_gangs_do_the_same_work(tasks):
     plan = cluster(100, 8)
     wall, work = spent(plan, [2.0] * tasks)
     gang = -(-tasks // MANY)
-    assert work * gang == pytest.approx(2.0 * tasks) and wall == pytest.approx(2.0 * tasks / 800, rel=0.05)
+    assert work * gang == pytest.approx(2.0 * tasks) and wall == pytest.approx(2.0 * -(-tasks // 800), rel=0.02)
 
 
 def test_a_web_corpus_is_foretold_in_its_own_counts():
