@@ -43,12 +43,13 @@ def pool(world: World, stage: str, seconds: Sequence[float] | NDArray[np.float64
     `moved` bytes come from the storage, which all share: where it is slower than the workers it sets their pace. A task that fails is done
     again by whoever is free next. Beyond MANY tasks, workers go in gangs with a gang's share of tasks each: the sum is the same.
     """
+    if not len(seconds):
+        return
     plan, dice = world.plan, np.random.default_rng([world.plan.seed, crc32(stage.encode())])
     workers = min(len(seconds), crew(plan))
     times = np.asarray(seconds) * dice.lognormal(-(plan.data.spread**2) / 2, plan.data.spread, len(seconds))  # of mean 1
-    times *= (
-        max(1.0, moved / plan.cluster.storage_read / max(float(np.sum(seconds)) / workers, 1e-12)) if plan.data.runner == "ray" else 1.0
-    )
+    if plan.data.runner == "ray":
+        times *= max(1.0, moved / plan.cluster.storage_read / (float(times.sum()) / workers))
     failed = times[dice.random(len(times)) < plan.data.failing]
     times = np.concatenate([times, failed * dice.random(len(failed))])  # what was done before they failed, somewhere between
     gang = -(-len(times) // MANY)
