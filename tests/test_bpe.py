@@ -11,6 +11,11 @@ from tokenizers import Tokenizer
 from real import bpe
 
 
+@pytest.fixture(autouse=True)
+def _less_is_small(monkeypatch):
+    monkeypatch.setattr(bpe, "SMALL", 250_000)
+
+
 @pytest.fixture(scope="module")
 def texts():
     """A megabyte of source code, and what is hard."""
@@ -59,6 +64,15 @@ def test_what_differs_is_not_used(texts, trained, monkeypatch):
     monkeypatch.setattr(bpe.Coder, "_gigatoken", wrong)
     monkeypatch.setattr(bpe.Coder, "_tiktoken", wrong)
     monkeypatch.setattr(bpe, "_gigatoken_trained", lambda *_: "{}")
+    coder = bpe.Coder(str(trained))
+    coder.check(texts)
+    assert coder.library == "tokenizers" and bpe.train(iter(texts), 3000) == (trained.read_text(), "tokenizers")
+
+
+def test_for_little_text_nothing_is_imported(texts, trained, monkeypatch):
+    monkeypatch.setattr(bpe, "SMALL", 10**9)
+    for name in ("gigatoken", "tiktoken"):
+        monkeypatch.setitem(sys.modules, name, None)
     coder = bpe.Coder(str(trained))
     coder.check(texts)
     assert coder.library == "tokenizers" and bpe.train(iter(texts), 3000) == (trained.read_text(), "tokenizers")

@@ -35,10 +35,9 @@ real_archives = pytest.mark.skipif(not REAL.is_dir(), reason="the real archives 
 PROSE = "The river was high that morning, and the people of the village had gone to the bridge to see what it would do. "
 
 
+@real_archives
 def test_archives_give_the_same_pages_in_every_form():
     """Captures of the same pages as WARC and ARC, gzip and lz4; a cut file gives what stands before the cut."""
-    if not REAL.is_dir():
-        pytest.skip("the real archives of ../shared are not here")
     counted = Counter()
 
     def texts(name):
