@@ -187,7 +187,7 @@ def _training(plan: Plan) -> Iterator[str]:
     for entry in plan.data.mixture:
         if not re.fullmatch(r"(\d+\.?\d*|\.\d+) \S+", entry) or float(entry.split()[0]) <= 0:
             yield f"data.mixture: {entry!r} is no weight above 0 and a pattern; write for example data.mixture=['3 *.py','1 *.md']"
-    if plan.data.dedup_within == "folder" and plan.data.path is not None and not Path(plan.data.path).is_dir():
+    if plan.data.dedup_within == "folder" and plan.data.path not in (None, "crawl") and not Path(plan.data.path).is_dir():
         yield f"data.dedup_within=folder needs data.path={plan.data.path} to be a folder of folders; name one, or set corpus"
     if 0 < plan.data.substrings < 20:
         yield f"data.substrings={plan.data.substrings} must be at least 20 words, or 0 for none; set data.substrings=50"

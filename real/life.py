@@ -67,6 +67,7 @@ class Life:
         if "extract" in names:
             self.read = self._corpus()
             self.found = files(self.read.data)
+            self.choices = extract.config(self.read, self.found)  # refused before a worker is started
         with engine(self.plan) as pool:
             self._spend("init", "run", began)
             try:
@@ -124,8 +125,8 @@ class Life:
 
     def _extract(self, pool: Executor) -> Manifest:
         facts = {"path": self.plan.data.path, "tasks_of": SHARD}
-        config, work = extract.config(self.read, self.found), extract.tasks(self.read, self.found)
-        done = stage.run(self.folder / "extract", work, config, pool, facts, self._progress("extract"))
+        work = extract.tasks(self.read, self.found)
+        done = stage.run(self.folder / "extract", work, self.choices, pool, facts, self._progress("extract"))
         if not done.counters.get("documents"):
             unread = int(done.counters.get("unreadable", 0))
             why = f"none of its {unread} files could be read" if unread else "its files are empty"
@@ -138,7 +139,7 @@ class Life:
         extracted = Manifest.read(self.folder / "extract")
         data = self.plan.data
         config, how = dedup.config(data.dedup, data.dedup_within, data.keep), data.dedup
-        root = data.path if data.dedup_within == "folder" else None
+        root = data.path if data.dedup_within == "folder" and data.path != "crawl" else None  # a crawl is one snapshot
         hashed = stage.run(folder / "hashes", dedup.hash_tasks(extracted, root), config, pool, {}, lambda _: None)
         near, groups, moved = None, dict[str, int](), [hashed]
         if how == "minhash":

@@ -249,7 +249,7 @@ def test_from_the_web_to_documents(foretold):
     with Web(30) as web:
         seeds = ",".join(f"http://{host}/0" for host in web.hosts[:-1])
         asked = [f"crawl.seeds=[{seeds}]", "crawl.host_delay=1 ms", "crawl.timeout=300 ms", "crawl.depth=3", "crawl.page_limit=100 kB"]
-        status, out, err = foretold("real", "only=crawl,extract", "data.path=crawl", *asked, *TINY)
+        status, out, err = foretold("real", "only=crawl,extract,dedup", "data.path=crawl", "data.dedup_within=folder", *asked, *TINY)
     assert status == 0, err
     assert "crawl: " in out and "pages of 4 hosts" in out
     told = read_summary(next(Path("runs").glob("*/real")))["quantities"]

@@ -128,3 +128,4 @@ def test_where_documents_meet_and_which_stays(foretold, tmp_path, words, stay):
 def test_folders_need_a_folder(foretold):
     status, _, err = foretold("real", *TINY, "data.dedup_within=folder")
     assert status == 2 and "data.dedup_within=folder needs data.path=python to be a folder of folders" in err
+    assert load(["data=web", "data.path=crawl", "crawl.seeds=[https://a.example/]"]).data.dedup_within == "folder"  # a crawl is one
