@@ -1,11 +1,13 @@
-"""The files that a plan reads: what `real` will extract and what `sim` weighs beforehand."""
+"""The files that a plan reads: what `real` will extract and what `sim` weighs beforehand. They lie in folders, or in object storage."""
 
 import glob
 import hashlib
 import os
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from conf.errors import Refused
 from conf.plan import Data
@@ -16,44 +18,78 @@ MANY = (".jsonl", ".jsonl.gz", ".parquet", *ARCHIVES)  # files that hold many do
 SHARD = 4_000_000  # bytes of input that one task of a data stage reads
 
 
-def kind_of(path: Path) -> str | None:
+class File(NamedTuple):
+    """A file of the corpus, by its path or its address in object storage."""
+
+    name: str
+    bytes: int
+    version: str  # another one when the content is another
+
+
+def kind_of(name: str) -> str | None:
     """The ending that says how to read a file, or None for one that is not text."""
-    return next((k for k in reversed(KINDS) if path.name.endswith(k)), None)
+    return next((k for k in reversed(KINDS) if name.endswith(k)), None)
 
 
-def files(data: Data) -> list[tuple[Path, int]]:
-    """Files of the corpus with their bytes, in an order that mixes folders but never changes, up to `data.limit` bytes.
+def is_address(path: str) -> bool:
+    """Whether this names object storage (s3://bucket/folder, gs://…, https://…) and no folder."""
+    return "://" in path
+
+
+def files(data: Data) -> list[File]:
+    """Files of the corpus in an order that mixes folders but never changes, up to `data.limit` bytes.
 
     Raises Refused for a path that does not exist, holds no text, or may not be read.
     """
     assert data.path is not None, "a plan without a corpus reads no files"
-    found = _found(data.path)
-    kept: list[tuple[Path, int]] = []
+    path = data.path
+    found = list(_stored(path) if is_address(path) else _found(path))
+    named = sorted((hashlib.blake2b(below.encode(), digest_size=8).hexdigest(), file) for below, file in found if kind_of(file.name))
+    kept: list[File] = []
     total = 0
-    for path, size in found:
-        if total + size > data.limit and kept:
+    for _, file in named:
+        if total + file.bytes > data.limit and kept:
             break
-        kept.append((path, size))
-        total += size
+        kept.append(file)
+        total += file.bytes
     if not kept:
-        what = "does not exist" if not glob.glob(data.path) and data.path != "python" else "holds no text"
-        raise Refused(f"data.path={data.path} {what}; name a file, folder or glob of {', '.join(KINDS)}")
+        what = "holds no text" if found or path == "python" or glob.glob(path) else "does not exist"
+        what = "holds no text, or does not answer" if is_address(path) else what
+        raise Refused(f"data.path={path} {what}; name a file, folder or glob of {', '.join(KINDS)}")
     return kept
 
 
-def _found(path: str) -> list[tuple[Path, int]]:
-    roots = _python_library() if path == "python" else [Path(p) for p in sorted(glob.glob(path))]
-    listed: list[tuple[str, Path, int]] = []
-    for root in roots:
+def _found(path: str) -> Iterator[tuple[str, File]]:
+    """Each file, and what it is called below the folder that was asked for."""
+    for root in _python_library() if path == "python" else [Path(p) for p in sorted(glob.glob(path))]:
         for file in _walk(root):
             try:
-                size = file.stat().st_size
+                state = file.stat()
             except OSError:
                 continue
-            if size and kind_of(file):
-                name = str(file.relative_to(root)) if file != root else file.name
-                listed.append((hashlib.blake2b(name.encode(), digest_size=8).hexdigest(), file, size))
-    return [(file, size) for _, file, size in sorted(listed)]
+            if state.st_size:
+                yield str(file.relative_to(root)) if file != root else file.name, File(str(file), state.st_size, str(state.st_mtime_ns))
+
+
+def _stored(address: str) -> Iterator[tuple[str, File]]:
+    """The same of object storage; its version is all that the storage says of an object, its date and checksum among it."""
+    import fsspec
+
+    try:
+        storage, root = fsspec.core.url_to_fs(address)
+        listed = storage.glob(root, detail=True) if glob.has_magic(root) else storage.find(root, detail=True)
+        objects = {
+            name: told if told.get("size") is not None else storage.info(name) for name, told in listed.items()
+        }  # the web has no sizes
+    except ImportError as error:
+        raise Refused(f"data.path={address}: {error}") from error
+    except Exception as error:  # every kind of storage has its own
+        raise Refused(f"data.path={address} cannot be listed: {type(error).__name__}: {error}".replace("\n", " ")) from error
+    for name, told in objects.items():
+        if told["type"] == "file" and told["size"]:
+            said = hashlib.blake2b(repr(sorted((key, str(value)) for key, value in told.items())).encode(), digest_size=8).hexdigest()
+            full = storage.unstrip_protocol(name)
+            yield full.removeprefix(storage.unstrip_protocol(root)), File(full, int(told["size"]), said)
 
 
 def _python_library() -> list[Path]:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.corpus import ARCHIVES, SHARD, kind_of
+from conf.corpus import ARCHIVES, SHARD, File, kind_of
 from conf.errors import Refused
 from conf.plan import Plan
 from real.contamination import hit
@@ -24,10 +24,11 @@ from real.language import known, language
 from real.maintext import LIBRARIES, main_text
 from real.pages import Page, read
 from real.private import masked
+from real.remote import local
 from real.stage import Task, sha256
 from real.urls import Blocklist
 
-VERSION = 3
+VERSION = 4
 SAMPLES = 3  # of each reason, in each shard
 SHOWN = 400  # characters of a sample
 
@@ -66,23 +67,20 @@ class Choices:
                    tuple(data.evaluations), data.mask, data.page_limit, data.page_seconds, data.page_memory)  # fmt: skip
 
 
-Found = Sequence[tuple[Path, int]]  # files and their bytes
-
-
-def config(plan: Plan, found: Found) -> dict[str, Any]:
+def config(plan: Plan, found: Sequence[File]) -> dict[str, Any]:
     """What the shards depend on beside the files: the choices, what is in the files they name, and the libraries."""
     choices, used = Choices.of(plan), libraries(plan, found)
     named = [path for path in (choices.blocklist, *choices.evaluations) if path]
     return {"version": VERSION, **asdict(choices), "files": [sha256(Path(path)) for path in named], "libraries": used}
 
 
-def libraries(plan: Plan, found: Found) -> dict[str, str]:
+def libraries(plan: Plan, found: Sequence[File]) -> dict[str, str]:
     """Version of each library that has a say.
 
     Raises Refused for one that is not installed, a file that does not exist, or a language that is not known.
     """
     data = plan.data
-    kinds = {kind_of(path) for path, _ in found}
+    kinds = {kind_of(file.name) for file in found}
     archives = kinds & set(ARCHIVES)
     wanted = {LIBRARIES[data.extractor]: f"data.extractor={data.extractor}"} if data.extractor in LIBRARIES else {}
     wanted |= {"py3langid": f"data.languages=[{','.join(data.languages)}]"} if data.languages else {}
@@ -104,22 +102,22 @@ def libraries(plan: Plan, found: Found) -> dict[str, str]:
     return used
 
 
-def tasks(plan: Plan, found: Found) -> Iterator[Task]:
+def tasks(plan: Plan, found: Sequence[File]) -> Iterator[Task]:
     """Groups of files of about SHARD bytes."""
-    group: list[tuple[str, int]] = []
+    group: list[File] = []
     number = 0
-    for path, size in found:
-        group.append((str(path), size))
-        if sum(s for _, s in group) >= SHARD:
+    for file in found:
+        group.append(file)
+        if sum(member.bytes for member in group) >= SHARD:
             yield _task(number, group, plan)
             number, group = number + 1, []
     if group:
         yield _task(number, group, plan)
 
 
-def _task(number: int, group: list[tuple[str, int]], plan: Plan) -> Task:
-    digests = tuple(f"{path}:{size}:{Path(path).stat().st_mtime_ns}" for path, size in group)
-    return Task(f"part-{number:05}", extract, ([path for path, _ in group], Choices.of(plan)), digests)
+def _task(number: int, group: list[File], plan: Plan) -> Task:
+    digests = tuple(":".join(map(str, file)) for file in group)
+    return Task(f"part-{number:05}", extract, ([file.name for file in group], Choices.of(plan)), digests)
 
 
 class Refusal(Exception):
@@ -182,26 +180,27 @@ class Sieve:
         return code
 
 
-def extract(folder: Path, name: str, paths: Sequence[str], choices: Choices) -> dict[str, Any]:
+def extract(folder: Path, name: str, sources: Sequence[str], choices: Choices) -> dict[str, Any]:
     """Write one shard; a file that is damaged is counted and named, and costs what follows the damage."""
     sieve, rows = Sieve(choices), []
     counted, damaged, samples = sieve.counted, list[str](), list[dict[str, Any]]()
     counted.update(dict.fromkeys(("files", "read", "unreadable", "bytes", "empty", "refused", "pages"), 0))
     try:
-        for path in paths:
+        for source in sources:
             counted["files"] += 1
-            counted["read"] += Path(path).stat().st_size
             try:
-                for page in read(Path(path), choices.text_field, choices.page_limit, counted):
-                    counted["pages"] += 1
-                    try:
-                        rows.append(sieve.document(page, path))
-                    except Refusal as refusal:
-                        _refuse(refusal, page, path, counted, samples)
+                with local(source) as path:
+                    counted["read"] += path.stat().st_size
+                    for page in read(path, choices.text_field, choices.page_limit, counted):
+                        counted["pages"] += 1
+                        try:
+                            rows.append(sieve.document(page, source))
+                        except Refusal as refusal:
+                            _refuse(refusal, page, source, counted, samples)
             except (OSError, ValueError, EOFError) as error:
                 counted["unreadable"] += 1
                 counted["files"] -= 1
-                damaged.append(f"{path}: {error}")
+                damaged.append(f"{source}: {error}")
     finally:
         sieve.guard.close()
     save(folder / f"{name}.parquet", rows)

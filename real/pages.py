@@ -39,7 +39,7 @@ def read(path: Path, text_field: str, largest: float, counted: Counter[str]) -> 
 
     Raises Refused for a Parquet or JSONL file without the text field; OSError, ValueError or EOFError where the file is damaged.
     """
-    kind = kind_of(path)
+    kind = kind_of(path.name)
     if kind == ".parquet":
         yield from _parquet(path, text_field)
     elif kind in (".jsonl", ".jsonl.gz"):
@@ -99,7 +99,7 @@ def _whole(path: Path, largest: float, counted: Counter[str]) -> Iterator[Page]:
 
 def _archive(path: Path, largest: float, counted: Counter[str]) -> Iterator[Page]:
     """The pages of a WARC, WET or ARC file."""
-    records = _arc(path) if kind_of(path) in (".arc", ".arc.gz") else _warc(path, largest)
+    records = _arc(path) if kind_of(path.name) in (".arc", ".arc.gz") else _warc(path, largest)
     for number, record in enumerate(records):
         counted["records"] += 1
         try:

@@ -41,8 +41,8 @@ def corpus(data: Data) -> Corpus:
         count = max(1, min(data.raw_files, round(data.raw / SHARD)))
         return Corpus(np.full(count, data.raw / count), data.raw * data.text_yield / data.document_bytes)
     shards, group, documents = [], 0.0, 0.0
-    for path, size in files(data):
-        documents += max(1.0, size * data.text_yield / data.document_bytes) if kind_of(path) in MANY else 1.0
+    for name, size, _ in files(data):
+        documents += max(1.0, size * data.text_yield / data.document_bytes) if kind_of(name) in MANY else 1.0
         group += size
         if group >= SHARD:
             shards.append(group)

@@ -19,7 +19,8 @@ ALONE = {
         "archive", "attention", "bigram", "bpe", "buddy", "contamination", "data", "dry", "engine", "filters", "fp8", "frontier",
         "guard", "heartbeat", "huggingface", "initial", "integrity", "language", "layers", "lineage", "loss", "maintext", "measure",
         "minhash", "model", "moe", "muon", "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress",
-        "resume", "shards", "slurm", "stability", "stage", "storage", "straggler", "substring", "tiers", "trainer", "urls", "winnow",
+        "remote", "resume", "shards", "slurm", "stability", "stage", "storage", "straggler", "substring", "tiers", "trainer", "urls",
+        "winnow",
     },
 }  # fmt: skip
 
