@@ -2,7 +2,8 @@
 
 Gopher: Rae et al. 2021, section A1 (quality and repetition). C4: Raffel et al. 2020, section 2.2, with datatrove's least numbers of words
 and sentences, which FineWeb used. FineWeb: Penedo et al. 2024, section 3.6, which takes Gopher's rules and C4's without the one on
-the ends of lines.
+the ends of lines. Words are cut much as spaCy cuts English, whose words datatrove counts and so FineWeb did: marks count as words where a
+share of words is asked for, and do not where their number or length is.
 """
 
 import re
@@ -18,6 +19,17 @@ BULLETS = ("•", "‣", "▶", "◀", "◦", "■", "□", "▪", "▫", "–",
 NOTICES = ("javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 TOP = {2: 0.20, 3: 0.18, 4: 0.16}  # most of a text's characters that its commonest run of so many words may hold
 REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}  # and that all repeats of runs may hold
+_APART = r"\[\]§%=—–,:;!?¿¡(){}<>_#*&\"'”“`‘´’‚„»«…$£€|"  # marks that are cut off what they stand beside
+_LETTERS = r"[\w\u2060]+"  # and the joiner of words, which shows nothing
+_WORD = re.compile("|".join((
+    r"https?://\S+",
+    r"(?<!\w)[-+]?\d+(?:[.,:]\d+)*",
+    r"(?<=\w)['’](?:s|t|re|ve|ll|d|m)\b",
+    rf"(?:(?<!\w)[-/~\\^@+.]+)?{_LETTERS}(?:(?:::|[(\[.@+*|\\^~&\"]){_LETTERS})*",
+    r"\.{2,}",
+    rf"[{_APART}]",
+    rf"[^\w\s{_APART}]+",
+)))  # fmt: skip
 _SENTENCE = re.compile(r"[.!?…]+[\"”')\]]*(?:\s|$)")
 _PLACES = np.random.default_rng(7).integers(1, 2**62, max(REPEATED), np.uint64) * np.uint64(2) + np.uint64(1)
 
@@ -38,11 +50,17 @@ class Page:
 
     @cached_property
     def words(self) -> list[str]:
-        return self.text.split()
+        """Words, numbers and marks, much as spaCy divides English, which FineWeb's own filters count."""
+        return _WORD.findall(self.text)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         return np.array([len(word) for word in self.words], np.int64)
+
+    @cached_property
+    def named(self) -> NDArray[np.int64]:
+        """Lengths of the words that are no marks."""
+        return self.lengths[[word[0].isalnum() or (len(word) > 1 and word[-1].isalnum()) for word in self.words]]
 
     @cached_property
     def numbers(self) -> NDArray[np.uint64]:
@@ -99,11 +117,11 @@ def _is_sentence(line: str) -> bool:
 
 
 def _words(page: Page) -> bool:
-    return not 50 <= len(page.words) <= 100_000
+    return not 50 <= len(page.named) <= 100_000
 
 
 def _word_length(page: Page) -> bool:
-    return not 3 <= float(page.lengths.mean()) <= 10
+    return not 3 <= float(page.named.mean()) <= 10
 
 
 def _symbols(page: Page) -> bool:

@@ -29,7 +29,7 @@ def prose(sentences: int = 30, seed: int = 0) -> str:
 
 GOOD = prose()
 BARE = prose(15).replace(" and that.", ".").replace("The ", "").splitlines()  # no two lines begin or end alike
-REFRAIN = "Wonderfulness mountainsides gardenfulness."
+REFRAIN = "Wonderfulness mountainsides gardenful"  # of words alone no run of five comes again
 BAD = [
     ("gopher", "words", "The people and that river. " * 3),
     ("gopher", "word length", GOOD.replace(" ", "").replace("\n", " ") + " the and " * 60),
@@ -49,7 +49,7 @@ BAD = [
     ("c4", "no line left", GOOD.replace(".", "")),
     ("fineweb", "unfinished lines", "\n".join([*GOOD.splitlines()[:5], *(f"{line[:-1]} also" for line in prose(60, 5).splitlines())])),
     ("fineweb", "short lines",
-     "\n".join([*GOOD.splitlines(), *(f"{a} {b} {n} here." for n, (a, b) in enumerate(zip(WORDS * 6, WORDS[3:] * 7, strict=False)))])),
+     "\n".join([*GOOD.splitlines(), *(f"{a} {b} {c} here." for a, b, c in zip(WORDS * 6, WORDS[3:] * 7, WORDS[7:] * 9, strict=False))])),
     ("fineweb", "characters in repeated lines",
      "\n".join(f"{line}\n{REFRAIN}" if n % 5 in (1, 3) else line for n, line in enumerate(BARE))),
 ]  # fmt: skip
