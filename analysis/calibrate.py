@@ -234,16 +234,24 @@ def _data(plan: Plan, folder: Path) -> dict[str, Parameter]:
     cores = min(plan.cluster.gpus_per_node, plan.cluster.cores_per_node)
     busy = {stage: min(cores, detail.get("tasks", cores)) for stage, detail in ends.items()}
     found: dict[str, float] = {}
-    if "extract.seconds" in told:
-        found["extract_rate"] = told.get("extract.read", told["extract.bytes"]) / told["extract.seconds"] / busy["extract"]
-    if "dedup.seconds" in told and "extract.bytes" in told:
-        found["dedup_rate"] = told.get("dedup.read", told["extract.bytes"]) / told["dedup.seconds"] / busy["dedup"]
-    if "tokens.seconds" in told:
+    start = {stage: _start(folder / stage) for stage in ("extract", "dedup", "tokens") if f"{stage}.seconds" in told}
+    spent = {stage: told[f"{stage}.seconds"] - seconds for stage, seconds in start.items()}
+    if "extract" in spent:
+        found["extract_rate"] = told.get("extract.read", told["extract.bytes"]) / max(spent["extract"], 1e-3) / busy["extract"]
+    if "dedup" in spent and "extract.bytes" in told:
+        found["dedup_rate"] = told.get("dedup.read", told["extract.bytes"]) / max(spent["dedup"], 1e-3) / busy["dedup"]
+    if "tokens" in spent:
         training = told["tokens.tokenizer_seconds"]
         found["train_rate"] = min(plan.tokenizer.sample, told["tokens.bytes"]) / training / plan.cluster.cores_per_node
-        found["encode_rate"] = told["tokens.bytes"] / max(told["tokens.seconds"] - training, 1e-3) / busy["tokens"]
+        found["encode_rate"] = told["tokens.bytes"] / max(spent["tokens"] - training, 1e-3) / busy["tokens"]
     parameters = {name: Parameter(value, "B/s") for name, value in found.items()}
+    parameters |= {f"{'encode' if stage == 'tokens' else stage}_start": Parameter(seconds, "s") for stage, seconds in start.items()}
     for name, stage, share in (("init", "measure", 1), ("workers", "run", plan.ranks)):
         starts = [row["value"] / share for row in rows if row["quantity"] == "init" and row["stage"] == stage]
         parameters |= {name: Parameter(float(np.mean(starts)), "s")} if starts else {}
     return parameters
+
+
+def _start(stage: Path) -> float:
+    """Seconds by which a worker's first tasks in a stage are longer than later ones, the parts of the stage together."""
+    return sum(float(json.loads(path.read_text()).get("start_seconds", 0.0)) for path in stage.rglob("manifest.json"))

@@ -34,6 +34,14 @@ def commit(path: Path, fill: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path, before: float) -> None:
+    """Remove what writers left aside that were killed before a moment, in seconds since 1970."""
+    for aside in folder.rglob(".*.tmp"):
+        with suppress(OSError):
+            if aside.stat().st_mtime < before:
+                aside.unlink()
+
+
 def refusal(error: OSError, path: Path) -> Refused:
     """A full disk or a forbidden folder as a line that a user can act on."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

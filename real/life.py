@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.corpus import SHARD, files
 from conf.errors import Refused
-from conf.files import write
+from conf.files import sweep, write
 from conf.plan import Plan
 from conf.program import to_yaml
 from conf.record import STATES, Record, read, read_all, read_summary, seal, summarise
@@ -33,6 +33,7 @@ class Life:
                  traced: tuple[int, int] | None = None, place: Place | None = None) -> None:  # fmt: skip
         self.plan, self.folder, self.say, self.source, self.traced, self.place = plan, folder, say, source, traced, place
         self.part = place.plan if place else plan  # what is executed here
+        self.born = time.time()
         earlier = read(folder, "ledger") if folder.is_dir() else []
         before = max((row["at"] for row in earlier), default=0.0)
         self.furthest = max((row["step"] or 0 for row in earlier if row["quantity"] == "step_time"), default=0)
@@ -225,6 +226,7 @@ class Life:
         self.record.event("run", "end")
         self.record.flush()
         seal(self.folder)
+        sweep(self.folder, self.born)
         first = self.place is None or self.place.number == 0
         rows, events = (read_all(self.folder, file) for file in ("ledger", "events"))
         return summarise(self.folder, self.plan.id, "real", summary(self.plan if first else self.part, rows, events))

@@ -13,6 +13,8 @@ from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from socket import gethostname
+from statistics import median
 from typing import Any
 
 from conf.errors import Refused
@@ -141,10 +143,20 @@ def run(folder: Path, tasks: Iterable[Task], config: Mapping[str, Any], pool: Ex
         "outputs": outputs,
         "counters": counters,
         "seconds": seconds,
+        "start_seconds": _start(ordered),
         "facts": dict(facts),
     }
     write(folder / "manifest.json", json.dumps(content, indent=1))
     return manifest
+
+
+def _start(receipts: Sequence[Mapping[str, Any]]) -> float:
+    """By how much a worker's first task is longer than the later ones: libraries that start, files read for the first time."""
+    first, later, known = list[float](), list[float](), set[str]()
+    for receipt in sorted(receipts, key=lambda receipt: receipt["at"]):
+        (later if receipt["worker"] in known else first).append(receipt["seconds"])
+        known.add(receipt["worker"])
+    return max(0.0, median(first) - median(later)) if later else 0.0
 
 
 def key(task: Task, stage: str, config: Mapping[str, Any]) -> str:
@@ -171,7 +183,7 @@ def _earlier_seconds(folder: Path) -> float:
 
 def _do(folder: Path, slip: str, task: Task) -> dict[str, Any]:
     """One task, in a worker: bake aside, shelve, pin the receipt."""
-    began, cpu = time.perf_counter(), _worked()
+    at, began, cpu = time.time(), time.perf_counter(), _worked()
     aside = folder / f".{slip}"
     try:
         aside.mkdir(parents=True, exist_ok=True)
@@ -184,8 +196,8 @@ def _do(folder: Path, slip: str, task: Task) -> dict[str, Any]:
         aside.rmdir()
     except OSError as error:
         raise refusal(error, folder) from error
-    receipt = {"key": slip, "task": task.name, "outputs": outputs, "counters": counters,
-               "seconds": time.perf_counter() - began, "cpu_seconds": _worked() - cpu}  # fmt: skip
+    receipt = {"key": slip, "task": task.name, "outputs": outputs, "counters": counters, "worker": f"{gethostname()}:{os.getpid()}",
+               "at": at, "seconds": time.perf_counter() - began, "cpu_seconds": _worked() - cpu}  # fmt: skip
     write(folder / "receipts" / f"{slip}.json", json.dumps(receipt))
     return receipt
 

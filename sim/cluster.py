@@ -37,8 +37,8 @@ class World:
         self.timeline.event(self.now, stage, event, step, **detail)
 
 
-def pool(world: World, stage: str, seconds: Sequence[float] | NDArray[np.float64], moved: float) -> Course[None]:
-    """Workers that each take the next task until none is left.
+def pool(world: World, stage: str, seconds: Sequence[float] | NDArray[np.float64], moved: float, first: float = 0.0) -> Course[None]:
+    """Workers that each take the next task until none is left; the first one of each takes `first` seconds more.
 
     `moved` bytes come from the storage, which all share: where it is slower than the workers it sets their pace. A task that fails is done
     again by whoever is free next. Beyond MANY tasks, workers go in gangs with a gang's share of tasks each: the sum is the same.
@@ -57,9 +57,11 @@ def pool(world: World, stage: str, seconds: Sequence[float] | NDArray[np.float64
     tasks = iter(enumerate(pairs))
 
     def work(number: int) -> Course[None]:
+        more = first
         for task, (duration, count) in tasks:
             start = world.now
-            yield world.env.timeout(duration)
+            yield world.env.timeout(duration + more)
+            more = 0.0
             name = f"task {task}" if count == 1 else f"{count} tasks"
             world.timeline.bars.append(Bar(name, start, world.now, stage, f"worker {number}"))
 

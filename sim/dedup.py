@@ -25,7 +25,7 @@ def dedup(world: World, text: Corpus) -> Course[dict[str, float]]:
     """Compare every shard on the pool; returns what the stage says of itself."""
     began, data = world.now, world.plan.data
     moved = shuffled(text, data)
-    yield from pool(world, "dedup", text.seconds(world.rates.dedup_rate), text.bytes + 2 * moved)
+    yield from pool(world, "dedup", text.seconds(world.rates.dedup_rate), text.bytes + 2 * moved, world.rates.dedup_start)
     seconds = world.now - began
     return {
         "seconds": seconds,

@@ -53,7 +53,7 @@ def corpus(data: Data) -> Corpus:
 def extract(world: World, found: Corpus) -> Course[dict[str, float]]:
     """Read every group of files on the pool; returns what the stage says of itself."""
     began = world.now
-    yield from pool(world, "extract", found.seconds(world.rates.extract_rate), found.bytes)
+    yield from pool(world, "extract", found.seconds(world.rates.extract_rate), found.bytes, world.rates.extract_start)
     seconds = world.now - began
     documents = kept(found, world.plan.data).documents
     text = found.bytes * world.plan.data.text_yield

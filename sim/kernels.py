@@ -88,9 +88,12 @@ class Rates:
     mixture_error: float  # of mixtures of experts,
     host_error: float  # and what is added, in squares, where blocks wait for the host
     extract_rate: float
+    extract_start: float  # s by which a worker's first task is longer than those behind it
     dedup_rate: float
+    dedup_start: float
     train_rate: float
     encode_rate: float
+    encode_start: float
     storage_write: float
     storage_read: float
     save_start: float  # s that a save takes whatever it holds,
@@ -163,9 +166,12 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         mixture_error=gpu.mixture_error,
         host_error=gpu.host_error if tiled else 0.0,
         extract_rate=pick("extract_rate", plan.data.extract_rate),
+        extract_start=pick("extract_start", 0.0),
         dedup_rate=pick("dedup_rate", plan.data.dedup_rate),
+        dedup_start=pick("dedup_start", 0.0),
         train_rate=pick("train_rate", plan.tokenizer.train_rate),
         encode_rate=pick("encode_rate", plan.tokenizer.encode_rate),
+        encode_start=pick("encode_start", 0.0),
         storage_write=pick("storage_write", plan.cluster.storage_write),
         storage_read=pick("storage_read", plan.cluster.storage_read),
         **{name: pick(name, 0.0) for name in ("save_start", "save_tensor", "load_start", "load_tensor")},

@@ -25,6 +25,6 @@ def tokens(world: World, text: Corpus) -> Course[dict[str, float]]:
     """Train the tokenizer, encode every shard on the pool; returns what the stage says of itself."""
     began = world.now
     yield world.env.timeout(train_seconds(world, text))
-    yield from pool(world, "tokens", text.seconds(world.rates.encode_rate), text.bytes)
+    yield from pool(world, "tokens", text.seconds(world.rates.encode_rate), text.bytes, world.rates.encode_start)
     seconds, made = world.now - began, count(text, world.plan)
     return {"seconds": seconds, "bytes": text.bytes, "tokens": made, "tokens_per_s": per_second(made, seconds)}

@@ -1,6 +1,7 @@
 """The data stages against datatrove: `python -m tests.bench_data PYTHON [part …]`, PYTHON being one that has datatrove (or `none`).
 
-Parts, all of them without one named: near (MinHash), memory, filters, pages (extraction), line (the whole).
+Parts, all of them without one named: near (MinHash), memory, filters, pages (extraction), line (the whole), ahead
+(`sim` on four times the corpus).
 Ratios are of processor seconds in one run on the same texts; datatrove gets as many of them as it does in minutes. With its extras it needs
 `pip install datatrove[processing] spacy warcio faust-cchardet python-magic orjson lxml_html_clean`, and the same trafilatura as here.
 """
@@ -15,24 +16,32 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from analysis.calibrate import _data
+from conf.plan import Plan
 from conf.program import load
 from real import extract, minhash
 from real.filters import judge
 from real.life import Life
 from real.maintext import main_text
 from real.pages import read
+from real.stage import Manifest
+from sim.kernels import rates
+from sim.life import live
 from tests import corpora
 from tests.bench import ROOT
+from tests.test_world import SECOND
 
 SHARED = ROOT.parent / "shared" / "data" / "text_and_web"
 NEAR, THEIRS, PROSE, PAGES = 100_000, 6_000, 3_000, 240  # documents for us and for datatrove; texts to judge; pages to extract
 SIZES = 50_000, 200_000  # documents for the peak of memory
+LARGE = 120_000  # documents that are foretold from a quarter of them
 FILE = 2_000  # documents of a file
 
 
@@ -321,7 +330,47 @@ def _warc(path: Path, made: Sequence[str]) -> None:
             writer.write_record(writer.create_warc_record(url, "response", BytesIO(page.encode()), http_headers=head))
 
 
-PARTS = {"near": near, "memory": memory, "filters": filters, "pages": extraction, "line": line}
+# -- prediction of a larger corpus
+
+
+def ahead(_: str, folder: Path) -> None:
+    """Each stage's wall clock of four times the corpus, foretold from the rates and shares of once the corpus."""
+    made = corpora.planted(LARGE, roots(), seed=2)
+    texts = [made.texts[i] for i in np.argsort(made.family % 4, kind="stable")]  # a quarter has all of its families, and a quarter of them
+    words = ["data.dedup=minhash", "cluster.gpus_per_node=2", "cluster.cores_per_node=2", "data.limit=1 TB",
+             "train.steps=10", "train.warmup=1", "train.schedule=constant", "checkpoint.every=0"]  # fmt: skip
+    first, plan = _executed(folder / "once", write_texts(folder / "texts1", texts[: LARGE // 4]), words)
+    found, extracted = _data(plan, folder / "once"), Manifest.read(folder / "once" / "extract").counters
+    left = first["extract.bytes"] / extracted["read"], extracted["documents"] / extracted["pages"]
+    whole = write_texts(folder / "texts4", texts)
+    expected = plan.but(**{
+        "data.path": str(whole), "data.text_yield": left[0], "data.document_bytes": first["extract.bytes"] / extracted["pages"],
+        "data.filtered": 1 - extracted["document bytes"] / first["extract.bytes"], "data.duplicates": first["dedup.removed_fraction"],
+        "tokenizer.bytes_per_token": first["tokens.bytes"] / first["tokens.tokens"]})  # fmt: skip
+    rated = replace(rates(expected), **{name: p.value for name, p in found.items() if name.endswith(("_rate", "_start"))})
+    told = live(expected, 0, SECOND, rated).told
+    measured, _ = _executed(folder / "four", whole, words)
+    print(f"\n{LARGE:,} documents, foretold from {LARGE // 4:,}")
+    for stage, quantity in (
+        ("extract", "seconds"),
+        ("dedup", "seconds"),
+        ("tokens", "seconds"),
+        ("dedup", "shuffle_bytes"),
+        ("tokens", "tokens"),
+    ):
+        mine, theirs = told[stage][quantity], measured[f"{stage}.{quantity}"]
+        print(f"  {stage:8} {quantity:14} {mine:14,.2f} foretold {theirs:14,.2f} measured: {mine / theirs:.2f}")
+
+
+def _executed(folder: Path, corpus: Path, words: Sequence[str]) -> tuple[dict[str, float], Plan]:
+    plan = load([f"data.path={corpus}", *words])
+    folder.mkdir()
+    run = Life(plan, folder, lambda _: None)
+    run.data(["extract", "dedup", "tokens"])
+    return {name: row["value"] for name, row in run.close()["quantities"].items()}, plan
+
+
+PARTS = {"near": near, "memory": memory, "filters": filters, "pages": extraction, "line": line, "ahead": ahead}
 
 
 def main() -> None:

@@ -31,6 +31,13 @@ def test_equal_tasks_go_in_rounds():
     assert crew(load(["cluster.gpus_per_node=2", "cluster.cores_per_node=4"])) == 2  # without a cluster engine one server works
 
 
+def test_a_workers_first_task_takes_longer():
+    plan = cluster()
+    world = World(plan, rates(plan))
+    world.env.run(until=world.env.process(pool(world, "extract", [3.0] * 16, 0.0, first=0.5)))
+    assert world.now == 6.5 and sum(bar.stop - bar.start for bar in world.timeline.bars) == 16 * 3 + 8 * 0.5
+
+
 def test_a_slow_storage_sets_the_pace():
     slow = cluster(2, 4, "cluster.storage_read=10 B/s")
     assert spent(slow, [3.0] * 16, moved=120.0)[0] == pytest.approx(12.0) and spent(slow, [3.0] * 16, moved=50.0)[0] == 6.0

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conf.errors import Refused
+from conf.files import sweep
 from conf.program import main
 from real.stage import Manifest, Task, run, workers
 from tests.conftest import TINY
@@ -73,6 +74,16 @@ def test_a_cluster_that_is_not_there_is_one_line(monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
     status = main(["real", "only=extract", *TINY, "data.runner=ray", "data.limit=10 kB"])
     assert status == 2 and "RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there" in capfd.readouterr().err
+
+
+def test_what_a_killed_writer_left_aside_goes_and_what_is_being_written_stays(tmp_path):
+    old, new = tmp_path / "a" / ".summary.json.7.tmp", tmp_path / ".receipt.json.8.tmp"
+    old.parent.mkdir()
+    for path in (old, new):
+        path.write_text("{")
+    os.utime(old, (1e9, 1e9))
+    sweep(tmp_path, time.time() - 60)
+    assert not old.exists() and new.exists()
 
 
 @pytest.mark.slow
