@@ -254,4 +254,4 @@ def _data(plan: Plan, folder: Path) -> dict[str, Parameter]:
 
 def _start(stage: Path) -> float:
     """Seconds by which a worker's first tasks in a stage are longer than later ones, the parts of the stage together."""
-    return sum(float(json.loads(path.read_text()).get("start_seconds", 0.0)) for path in stage.rglob("manifest.json"))
+    return sum(float(json.loads(path.read_text())["facts"].get("start_seconds", 0.0)) for path in stage.rglob("manifest.json"))

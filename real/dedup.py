@@ -1,13 +1,13 @@
 """Dedup: of documents with the same text, or nearly the same, one stays: that with the smallest id, or of nearly the same the longest.
 
-Same means equal after lower-casing and folding white space. Workers hash their shard; the hashes meet here; workers
-then write what stays. For nearly the same (data.dedup=minhash) workers write the bands of their shard, sorted; others read a range of
-all bands each and write which documents meet in them; those pairs meet here, and all that hang together are one.
+Same means equal after lower-casing and folding white space. Workers hash their shard and sort the hashes; others read a range of all
+hashes each and write which documents repeat another; workers then write what stays. For nearly the same (data.dedup=minhash) the
+bands of a shard go the same way and what comes out of a range is pairs; those meet here, and all that hang together are one.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from real import minhash
 from real.extract import Document, load, save
 from real.stage import Manifest, Task, sha256
 
-VERSION = 3
-RANGE = 64_000_000  # bytes of bands that one task sorts
+VERSION = 4
+RANGE = 64_000_000  # bytes of hashes, or of bands, that one task sorts
+ENTRY = np.dtype([("key", "<u8"), ("rest", "<u8"), ("high", "<u8"), ("low", "<u8")])  # hash of a text in two parts, and its document's id
+GONE = np.dtype([("shard", "<u4"), ("high", "<u8"), ("low", "<u8")])  # a document that goes: its shard's number, and its id
 RULES = {
     "exact": "exact after lower-casing and folding white space; the smallest id stays",
     "minhash": "14 bands of 8 over runs of 5 words, or exact; of what hangs together one stays",
@@ -47,11 +49,8 @@ def pair_tasks(banded: Manifest) -> Iterator[Task]:
     """One task for each range of bands."""
     outputs = banded.paths(".npy")
     tables = [(str(banded.folder / output["path"]), output["sha256"]) for output in outputs]
-    digests = tuple(output["sha256"] for output in outputs)
-    ranges = max(1, -(-sum(output["bytes"] for output in outputs) // RANGE))
-    for number in range(ranges):
-        first, end = number * 2**64 // ranges, (number + 1) * 2**64 // ranges
-        yield Task(f"pairs-{number:05}", pair_range, (tables, first, end), digests)
+    for number, first, end in ranges(outputs):
+        yield Task(f"pairs-{number:05}", pair_range, (tables, first, end), tuple(output["sha256"] for output in outputs))
 
 
 def near_duplicates(paired: Manifest) -> tuple[Path, dict[str, int]]:
@@ -64,34 +63,30 @@ def near_duplicates(paired: Manifest) -> tuple[Path, dict[str, int]]:
     return path, {f"groups of {size}": count for size, count in sorted(sizes.items())}
 
 
-def keep_tasks(extracted: Manifest, hashed: Manifest, near: Path | None = None) -> Iterator[Task]:
-    """One task a shard, with the ids to leave out: those of exact duplicates, and a file of the others."""
-    removed, listed = duplicates(hashed), sha256(near) if near else ""
-    for output in extracted.paths(".parquet"):
+def repeat_tasks(hashed: Manifest) -> Iterator[Task]:
+    """One task for each range of hashes."""
+    outputs = hashed.paths(".npy")
+    tables = [str(hashed.folder / output["path"]) for output in outputs]
+    for number, first, end in ranges(outputs):
+        yield Task(f"repeats-{number:05}", repeat_range, (tables, first, end), tuple(output["sha256"] for output in outputs))
+
+
+def ranges(outputs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, int]]:
+    """Ranges of hashes, each of about RANGE bytes of these tables: number, first hash, and the one behind the last."""
+    count = max(1, -(-sum(output["bytes"] for output in outputs) // RANGE))
+    for number in range(count):
+        yield number, number * 2**64 // count, (number + 1) * 2**64 // count
+
+
+def keep_tasks(extracted: Manifest, repeated: Manifest, near: Path | None = None) -> Iterator[Task]:
+    """One task a shard, with the files of what to leave out: exact repeats by range and shard, and the ids of the others."""
+    outputs, listed = repeated.paths(".npy"), sha256(near) if near else ""
+    gone = [str(repeated.folder / output["path"]) for output in outputs]
+    digests = tuple(output["sha256"] for output in outputs)
+    for number, output in enumerate(extracted.paths(".parquet")):
         path = str(extracted.folder / output["path"])
-        gone = sorted(removed.get("hash-" + Path(path).stem, ()))
-        digest = hashlib.blake2b("".join(gone).encode(), digest_size=16).hexdigest()
-        task = (path, output["sha256"], gone, str(near) if near else "")
-        yield Task(Path(path).stem, keep_shard, task, (output["sha256"], digest, listed))
-
-
-def duplicates(hashed: Manifest) -> dict[str, list[str]]:
-    """Ids to leave out, by task."""
-    first: dict[bytes, str] = {}
-    seen: list[tuple[str, str, bytes]] = []
-    for output in hashed.paths(".hashes"):
-        path = hashed.verified(output)
-        data = path.read_bytes()
-        for start in range(0, len(data), 32):
-            identity, content = data[start : start + 16].hex(), data[start + 16 : start + 32]
-            seen.append((path.stem, identity, content))
-            if identity < first.get(content, "g"):
-                first[content] = identity
-    gone: dict[str, list[str]] = {}
-    for shard, identity, content in seen:
-        if first[content] != identity:
-            gone.setdefault(shard, []).append(identity)
-    return gone
+        task = (path, output["sha256"], gone, number, str(near) if near else "")
+        yield Task(Path(path).stem, keep_shard, task, (output["sha256"], *digests, listed))
 
 
 def normalised(text: str) -> str:
@@ -115,11 +110,36 @@ def snapshot(row: Document, root: str | None) -> str:
 
 
 def hash_shard(folder: Path, name: str, path: str, sha256: str, root: str | None) -> dict[str, Any]:
-    """Pairs of (document id, hash of its normalised text), 16 bytes each."""
+    """The hash of each document's normalised text with its id, sorted by hash."""
     rows = load(verified(path, sha256))
     digests = (hashlib.blake2b(normalised(row.text).encode(), digest_size=16, key=_salt(row, root)).digest() for row in rows)
-    (folder / f"{name}.hashes").write_bytes(b"".join(bytes.fromhex(row.id) + digest for row, digest in zip(rows, digests, strict=True)))
+    data = b"".join(digest + bytes.fromhex(row.id) for row, digest in zip(rows, digests, strict=True))
+    table = np.frombuffer(data, ENTRY.newbyteorder(">")).astype(ENTRY)
+    np.save(folder / f"{name}.npy", table[np.argsort(table["key"], kind="stable")])
     return {"hashed": len(rows)}
+
+
+def repeat_range(folder: Path, name: str, tables: list[str], first: int, end: int) -> dict[str, Any]:
+    """Of the documents whose hash lies in this range, those that an equal one of a smaller id stands for, by shard."""
+    parts = [minhash.between(np.load(path, mmap_mode="r"), first, end) for path in tables]
+    found, shards = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    order = np.lexsort((found["low"], found["high"], found["rest"], found["key"]))
+    key, rest = found["key"][order], found["rest"][order]
+    again = order[1:][(key[1:] == key[:-1]) & (rest[1:] == rest[:-1])]
+    gone = np.empty(len(again), GONE)
+    gone["shard"], gone["high"], gone["low"] = shards[again], found["high"][again], found["low"][again]
+    np.save(folder / f"{name}.npy", np.sort(gone, order=["shard", "high", "low"]))
+    return {"repeats": len(gone)}
+
+
+def of_shard(paths: Sequence[str], number: int) -> set[str]:
+    """The ids of a shard in these tables; nothing else of them is read."""
+    ids = set[str]()
+    for path in paths:
+        table = np.load(path, mmap_mode="r")
+        first, end = np.searchsorted(table["shard"], [number, number + 1])
+        ids |= {f"{high:016x}{low:016x}" for _, high, low in table[first:end].tolist()}
+    return ids
 
 
 def _salt(row: Document, root: str | None) -> bytes:
@@ -150,8 +170,8 @@ def pair_range(folder: Path, name: str, tables: list[tuple[str, str]], first: in
     return {"pairs": len(found)}
 
 
-def keep_shard(folder: Path, name: str, path: str, sha256: str, gone: list[str], near: str) -> dict[str, Any]:
-    rows, exact = load(verified(path, sha256)), set(gone)
+def keep_shard(folder: Path, name: str, path: str, sha256: str, gone: list[str], number: int, near: str) -> dict[str, Any]:
+    rows, exact = load(verified(path, sha256)), of_shard(gone, number)
     listed = set(Path(near).read_text().split()) if near else set()
     kept = [row for row in rows if row.id not in exact and row.id not in listed]
     save(folder / f"{name}.parquet", kept)

@@ -152,7 +152,8 @@ class Life:
             moved.append(banded)
         length = self.plan.data.substrings
         whole = folder / "whole" if length else folder
-        done = stage.run(whole, dedup.keep_tasks(extracted, hashed, near), config, pool, config, self._progress("dedup"))
+        repeated = stage.run(folder / "repeats", dedup.repeat_tasks(hashed), config, pool, {}, lambda _: None)
+        done = stage.run(whole, dedup.keep_tasks(extracted, repeated, near), config, pool, config, self._progress("dedup"))
         done = substring.remove(folder, done, length, pool, self._progress("dedup, substrings")) if length else done
         done.counters |= groups
         done.counters["shuffle_bytes"] = sum(output["bytes"] for manifest in moved for output in manifest.outputs)

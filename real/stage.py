@@ -7,6 +7,8 @@ puts the tray on the shelf whole, and pins the receipt. Whoever comes next morni
 import hashlib
 import json
 import os
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -136,15 +138,15 @@ def run(folder: Path, tasks: Iterable[Task], config: Mapping[str, Any], pool: Ex
         for name, value in receipt["counters"].items():
             counters[name] = counters.get(name, 0) + value
     seconds = time.perf_counter() - began if waiting else _earlier_seconds(folder)
-    manifest = Manifest(folder, outputs, counters, seconds, dict(facts))
+    told = dict(facts) | {"start_seconds": _start(ordered), "worker_memory": max((r["memory"] for r in ordered), default=0)}
+    manifest = Manifest(folder, outputs, counters, seconds, told)
     content = {
         "stage": folder.name,
         "config": dict(config),
         "outputs": outputs,
         "counters": counters,
         "seconds": seconds,
-        "start_seconds": _start(ordered),
-        "facts": dict(facts),
+        "facts": told,
     }
     write(folder / "manifest.json", json.dumps(content, indent=1))
     return manifest
@@ -197,7 +199,7 @@ def _do(folder: Path, slip: str, task: Task) -> dict[str, Any]:
     except OSError as error:
         raise refusal(error, folder) from error
     receipt = {"key": slip, "task": task.name, "outputs": outputs, "counters": counters, "worker": f"{gethostname()}:{os.getpid()}",
-               "at": at, "seconds": time.perf_counter() - began, "cpu_seconds": _worked() - cpu}  # fmt: skip
+               "at": at, "seconds": time.perf_counter() - began, "cpu_seconds": _worked() - cpu, "memory": _most()}  # fmt: skip
     write(folder / "receipts" / f"{slip}.json", json.dumps(receipt))
     return receipt
 
@@ -205,3 +207,8 @@ def _do(folder: Path, slip: str, task: Task) -> dict[str, Any]:
 def _worked() -> float:
     """Processor seconds of this process and of its finished children, which read pages for it."""
     return sum(os.times()[:4])
+
+
+def _most() -> int:
+    """Bytes that this process has held at most, its libraries included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -36,7 +36,8 @@ def documents(folder: Path, pool: ThreadPoolExecutor) -> Manifest:
     found = files(plan.data)
     extracted = stage.run(folder / "extract", extract.tasks(plan, found), extract.config(plan, found), pool, {}, lambda _: None)
     hashed = stage.run(folder / "hashes", dedup.hash_tasks(extracted), dedup.config(), pool, {}, lambda _: None)
-    return stage.run(folder / "whole", dedup.keep_tasks(extracted, hashed), dedup.config(), pool, {}, lambda _: None)
+    repeated = stage.run(folder / "repeats", dedup.repeat_tasks(hashed), dedup.config(), pool, {}, lambda _: None)
+    return stage.run(folder / "whole", dedup.keep_tasks(extracted, repeated), dedup.config(), pool, {}, lambda _: None)
 
 
 def words_in(kept: Manifest) -> tuple[np.ndarray, np.ndarray]:
