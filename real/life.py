@@ -142,21 +142,22 @@ class Life:
         config, how = dedup.config(data.dedup, data.dedup_within, data.keep), data.dedup
         root = data.path if data.dedup_within == "folder" and data.path != "crawl" else None  # a crawl is one snapshot
         hashed = stage.run(folder / "hashes", dedup.hash_tasks(extracted, root), config, pool, {}, lambda _: None)
-        near, groups, moved = None, dict[str, int](), [hashed]
+        near, groups, moved, paired = None, dict[str, int](), [hashed], list[Manifest]()
         if how == "minhash":
             banded = stage.run(
                 folder / "bands", dedup.band_tasks(extracted, root, data.keep), config, pool, {}, self._progress("dedup, signatures")
             )
-            paired = stage.run(folder / "pairs", dedup.pair_tasks(banded), config, pool, {}, self._progress("dedup, pairs"))
-            near, groups = dedup.near_duplicates(paired)
+            paired.append(stage.run(folder / "pairs", dedup.pair_tasks(banded), config, pool, {}, self._progress("dedup, pairs")))
+            near, groups = dedup.near_duplicates(paired[0])
             moved.append(banded)
         length = self.plan.data.substrings
         whole = folder / "whole" if length else folder
         repeated = stage.run(folder / "repeats", dedup.repeat_tasks(hashed), config, pool, {}, lambda _: None)
-        done = stage.run(whole, dedup.keep_tasks(extracted, repeated, near), config, pool, config, self._progress("dedup"))
-        done = substring.remove(folder, done, length, pool, self._progress("dedup, substrings")) if length else done
+        kept = stage.run(whole, dedup.keep_tasks(extracted, repeated, near), config, pool, config, self._progress("dedup"))
+        done = substring.remove(folder, kept, length, pool, self._progress("dedup, substrings")) if length else kept
         done.counters |= groups
         done.counters["shuffle_bytes"] = sum(output["bytes"] for manifest in moved for output in manifest.outputs)
+        done.facts["worker_memory"] = max(part.facts["worker_memory"] for part in (*moved, *paired, repeated, kept, done))
         return self._timed(done, began)
 
     def _tokens(self, pool: Executor) -> Manifest:
@@ -245,14 +246,15 @@ def measured(name: str, manifest: Manifest) -> dict[str, float]:
             "bytes": c["bytes"],
             "documents": c["documents"],
             "documents_per_s": c["documents"] / seconds,
+            "worker_memory": manifest.facts["worker_memory"],
         }
     if name == "dedup":
         return {"seconds": seconds, "read": c["read"], "documents": c["documents"], "documents_per_s": c["documents_in"] / seconds,
-                "shuffle_bytes": c["shuffle_bytes"],
+                "shuffle_bytes": c["shuffle_bytes"], "worker_memory": manifest.facts["worker_memory"],
                 "removed_fraction": c["removed"] / max(1, c["documents_in"])}  # fmt: skip
     count = c["train_tokens"] + c["held_out_tokens"]
     return {"seconds": seconds, "bytes": c["bytes"], "tokens": count, "tokens_per_s": count / seconds,
-            "tokenizer_seconds": manifest.facts["tokenizer_seconds"]}  # fmt: skip
+            "tokenizer_seconds": manifest.facts["tokenizer_seconds"], "worker_memory": manifest.facts["worker_memory"]}  # fmt: skip
 
 
 def told(name: str, manifest: Manifest) -> str:

@@ -10,6 +10,7 @@ from conf.plan import Plan
 from conf.record import STATES, Value, state_totals
 
 Rows = Iterable[Mapping[str, Any]]
+DATA = ("crawl", "extract", "dedup", "tokens")
 
 
 def summary(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
@@ -17,7 +18,7 @@ def summary(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
     rows = list(ledger)
     told: dict[str, float | Value] = {}
     for row in rows:
-        if row["stage"] in ("crawl", "extract", "dedup", "tokens") and row["quantity"] not in STATES:
+        if row["stage"] in DATA and row["quantity"] not in STATES:
             told[f"{row['stage']}.{row['quantity']}"] = row["value"]
     states = state_totals(rows)
     told |= {f"state.{name}": seconds for name, seconds in states.items()}
@@ -26,6 +27,9 @@ def summary(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
     told["run.cost"] = wall * plan.ranks / 3600 * plan.price.gpu_hours[plan.gpu.name].mid
     if any(row["quantity"] == "step_time" for row in rows):
         told |= _training(plan, rows, list(events))
+        seconds = [row["value"] for row in rows if row["stage"] in DATA and row["quantity"] == "seconds"]
+        if "tokens.tokens" in told:
+            told["tokens.supply"] = told["tokens.tokens"] / sum(seconds) / told["pretrain.tokens_per_s"]
     return told
 
 

@@ -4,11 +4,13 @@ What is shuffled are 32 bytes a document for the exact ones (real/dedup.py) and 
 written once and read once by whoever has their range.
 """
 
-from conf.plan import Data
+from conf.plan import Data, Plan
 from sim.cluster import Course, World, per_second, pool
-from sim.extract import Corpus
+from sim.extract import LIBRARIES, Corpus, hands
 
 EXACT, BANDS = 32.0, 14 * 40.0  # bytes a document
+HELD = {"exact": 12.0, "minhash": 20.0}  # bytes a byte of the shard's text: its rows and the table written; all its words, and their hashes
+RANGE, SORTED = 64e6, 4.0  # most bytes of the shuffle that one worker reads, and how many a byte it holds to sort them
 
 
 def unique(text: Corpus, data: Data) -> Corpus:
@@ -19,6 +21,12 @@ def unique(text: Corpus, data: Data) -> Corpus:
 def shuffled(text: Corpus, data: Data) -> float:
     """Bytes that the shuffle writes, and reads again."""
     return text.documents * (EXACT + (BANDS if data.dedup == "minhash" else 0.0))
+
+
+def workers(text: Corpus, plan: Plan) -> dict[str, float]:
+    """A worker has a shard, and later a range of the shuffle."""
+    told, sorting = hands(text, plan, HELD[plan.data.dedup]), LIBRARIES + SORTED * min(RANGE, shuffled(text, plan.data))
+    return told | {"worker_memory": max(told["worker_memory"], sorting)}
 
 
 def dedup(world: World, text: Corpus) -> Course[dict[str, float]]:
@@ -34,4 +42,5 @@ def dedup(world: World, text: Corpus) -> Course[dict[str, float]]:
         "documents_per_s": per_second(text.documents, seconds),
         "removed_fraction": data.duplicates,
         "shuffle_bytes": moved,
+        **workers(text, world.plan),
     }

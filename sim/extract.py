@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.corpus import MANY, SHARD, files, kind_of
-from conf.plan import Data
-from sim.cluster import Course, World, per_second, pool
+from conf.plan import Data, Plan
+from sim.cluster import Course, World, crew, per_second, pool
+
+LIBRARIES = 200e6  # bytes that a worker's libraries and their allocators hold: 120e6 when loaded, 204e6 after a small task (2026-11-27)
+HELD = 12.0  # bytes a byte of the shard's text, while its rows become a table and a file
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ def corpus(data: Data) -> Corpus:
     return Corpus((*shards, group) if group else tuple(shards), documents)
 
 
+def hands(found: Corpus, plan: Plan, held: float) -> dict[str, float]:
+    """Cores that work, and the memory of each with so many bytes a byte of its shard."""
+    count = len(found.shards)
+    return {"cores": float(min(count, crew(plan))), "worker_memory": LIBRARIES + held * found.bytes / max(1, count)}
+
+
 def extract(world: World, found: Corpus) -> Course[dict[str, float]]:
     """Read every group of files on the pool; returns what the stage says of itself."""
     began = world.now
@@ -63,6 +72,7 @@ def extract(world: World, found: Corpus) -> Course[dict[str, float]]:
         "bytes": text,
         "documents": documents,
         "documents_per_s": per_second(documents, seconds),
+        **hands(found.times(world.plan.data.text_yield), world.plan, HELD),
     }
 
 

@@ -18,7 +18,8 @@ from sim.parallel import columns
 
 def summary(history: History) -> dict[str, Value]:
     """Quantities of one life."""
-    told = {f"{stage}.{name}": Value(value) for stage, values in history.told.items() for name, value in values.items()}
+    stages = data(history)
+    told = {f"{stage}.{name}": Value(value) for stage, values in stages.items() for name, value in values.items()}
     told |= {f"pretrain.{name}": Value(value) for name, value in pretraining(history).items()}
     told |= {f"run.{name}": Value(value) for name, value in run(history).items()}
     bill = history.footprint.bill
@@ -27,6 +28,21 @@ def summary(history: History) -> dict[str, Value]:
     told |= {f"cause-{name}.interruptions": Value(count) for name, count in history.falls.items()}
     told |= {f"cause-{name}.lost": Value(seconds) for name, seconds in history.lost.items()}
     told |= {f"state.{name}": Value(seconds) for name, seconds in history.timeline.states().items()}
+    return told
+
+
+def data(history: History) -> dict[str, dict[str, float]]:
+    """What each data stage says of itself, with its part of the run's bill, by time, and of its energy in this state."""
+    foot, wall, states = history.footprint, history.timeline.until, history.timeline.states()
+    told: dict[str, dict[str, float]] = {}
+    for stage, values in history.told.items():
+        held = history.plan.ranks * values["seconds"]
+        energy = foot.energy_in.get("data", 0.0) * held / states["data"] if held else 0.0
+        electricity = foot.bill.electricity[0] * energy / foot.energy if foot.energy else 0.0
+        told[stage] = values | {"energy": energy, "cost": foot.bill.devices[0] * values["seconds"] / wall + electricity}
+    if "tokens" in told:
+        made = per_second(told["tokens"]["tokens"], sum(values["seconds"] for values in told.values()))
+        told["tokens"]["supply"] = made / history.pace.tokens_per_s
     return told
 
 

@@ -2,7 +2,9 @@
 
 from conf.plan import Plan
 from sim.cluster import Course, World, per_second, pool
-from sim.extract import Corpus
+from sim.extract import Corpus, hands
+
+HELD = 35.0  # bytes a byte of the shard's text: the tokenizer with its tables, texts, tokens
 
 
 def train_seconds(world: World, text: Corpus) -> float:
@@ -27,4 +29,5 @@ def tokens(world: World, text: Corpus) -> Course[dict[str, float]]:
     yield world.env.timeout(train_seconds(world, text))
     yield from pool(world, "tokens", text.seconds(world.rates.encode_rate), text.bytes, world.rates.encode_start)
     seconds, made = world.now - began, count(text, world.plan)
-    return {"seconds": seconds, "bytes": text.bytes, "tokens": made, "tokens_per_s": per_second(made, seconds)}
+    told = {"seconds": seconds, "bytes": text.bytes, "tokens": made, "tokens_per_s": per_second(made, seconds)}
+    return told | hands(text, world.plan, HELD)

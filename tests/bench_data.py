@@ -351,13 +351,13 @@ def ahead(_: str, folder: Path) -> None:
     told = live(expected, 0, SECOND, rated).told
     measured, _ = _executed(folder / "four", whole, words)
     print(f"\n{LARGE:,} documents, foretold from {LARGE // 4:,}")
-    for stage, quantity in (
-        ("extract", "seconds"),
-        ("dedup", "seconds"),
-        ("tokens", "seconds"),
+    asked = [
         ("dedup", "shuffle_bytes"),
         ("tokens", "tokens"),
-    ):
+        *((stage, "seconds") for stage in told),
+        *((stage, "worker_memory") for stage in told),
+    ]
+    for stage, quantity in asked:
         mine, theirs = told[stage][quantity], measured[f"{stage}.{quantity}"]
         print(f"  {stage:8} {quantity:14} {mine:14,.2f} foretold {theirs:14,.2f} measured: {mine / theirs:.2f}")
 

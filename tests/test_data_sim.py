@@ -9,8 +9,10 @@ from conf.errors import Refused
 from conf.program import load
 from sim.cluster import MANY, World, crew, pool
 from sim.dedup import BANDS, EXACT
+from sim.extract import HELD, LIBRARIES
 from sim.kernels import rates
 from sim.life import live
+from sim.summary import data
 from tests.test_world import SECOND
 
 
@@ -75,6 +77,20 @@ def test_a_web_corpus_is_foretold_in_its_own_counts():
     assert told["extract"]["seconds"] == pytest.approx(8e15 / 1.4e6 / cores * 1.0025, rel=0.02)
     assert told["dedup"]["shuffle_bytes"] == pytest.approx(told["extract"]["documents"] * (EXACT + BANDS))
     assert told["extract"]["documents"] == pytest.approx(8e15 * 0.02025 / 3500 * (1 - 0.2746))
+
+
+def test_what_a_stage_holds_and_costs_is_its_part_of_the_run():
+    plan = load(["experiment=fineweb", "train.steps=10", "train.warmup=1", "train.schedule=constant", "checkpoint.every=0", "power.pue=1"])
+    history = live(plan, 0, SECOND)
+    told, foot = data(history), history.footprint
+    spent = sum(values["seconds"] for values in told.values())
+    assert sum(values["energy"] for values in told.values()) == pytest.approx(foot.energy_in["data"], rel=1e-3)
+    assert sum(values["cost"] for values in told.values()) == pytest.approx(
+        spent / 3600 * plan.cluster.servers * 8 * plan.price.gpu_hours["h100-sxm"].mid
+    )
+    assert told["tokens"]["supply"] == pytest.approx(told["tokens"]["tokens"] / spent / history.pace.tokens_per_s)
+    shard = 8e15 / 8e6 * 0.02025  # bytes of text of a file
+    assert told["extract"]["cores"] == 96_000 and told["extract"]["worker_memory"] == pytest.approx(LIBRARIES + HELD * shard, rel=1e-6)
 
 
 def test_more_of_everything_takes_longer():
