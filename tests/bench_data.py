@@ -1,9 +1,9 @@
-"""The data stages against datatrove: `python -m tests.bench_data PYTHON [part …]`, PYTHON being one that has datatrove (or `none`).
+"""The data stages against datatrove: `DATATROVE=PYTHON python -m tests.bench_data [part …]`, PYTHON being one that has it.
 
-Parts, all of them without one named: near (MinHash), memory, filters, pages (extraction), line (the whole), ahead
-(`sim` on four times the corpus).
-Ratios are of processor seconds in one run on the same texts; datatrove gets as many of them as it does in minutes. With its extras it needs
-`pip install datatrove[processing] spacy warcio faust-cchardet python-magic orjson lxml_html_clean`, and the same trafilatura as here.
+Parts, all of them without one named: near (MinHash), memory, filters, pages (extraction), line (the whole), ahead (`sim` on four times the
+corpus). Ratios are of processor seconds in one run on the same texts; datatrove gets as many of them as it does in minutes, and is left out
+where DATATROVE is not set. There `pip install datatrove[processing] spacy warcio faust-cchardet python-magic orjson lxml_html_clean` is needed,
+and the same trafilatura as here.
 """
 
 import json
@@ -373,12 +373,11 @@ def _executed(folder: Path, corpus: Path, words: Sequence[str]) -> tuple[dict[st
 PARTS = {"near": near, "memory": memory, "filters": filters, "pages": extraction, "line": line, "ahead": ahead}
 
 
-def main() -> None:
-    python, *asked = sys.argv[1:] or ["none"]
-    for name in asked or PARTS:
+def data(asked: Sequence[str] = tuple(PARTS)) -> None:
+    for name in asked:
         with tempfile.TemporaryDirectory() as folder:
-            PARTS[name](python, Path(folder))
+            PARTS[name](os.environ.get("DATATROVE", "none"), Path(folder))
 
 
 if __name__ == "__main__":
-    main()
+    data(sys.argv[1:] or tuple(PARTS))

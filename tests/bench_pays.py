@@ -107,9 +107,9 @@ def arm(folder: Path, texts: Path, overrides: Sequence[str], seed: int) -> tuple
     return Judge(folder / "model"), {name: row["value"] for name, row in told.items()}
 
 
-def main() -> None:
+def pays(seeds: int = 1) -> None:
     torch.set_num_threads(2)
-    for seed in range(int((sys.argv[1:] or ["1"])[0])):
+    for seed in range(seeds):
         made = corpus(seed)
         with tempfile.TemporaryDirectory() as name:
             texts = write_texts(Path(name) / "texts", made.raw)
@@ -126,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    pays(int((sys.argv[1:] or ["1"])[0]))
