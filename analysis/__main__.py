@@ -13,6 +13,7 @@ ACTIONS = {
     "published": "predict a table of published measurements, and tell the errors",
     "caps": "fit the law of power caps to measured curves of throughput under caps",
     "check": "tell whether a claim of energy and carbon multiplies",
+    "scaling": "fit a scaling law to runs of different sizes, and divide a budget by it",
     "fit": "fit the physical parameters of GPU families to tables of published measurements",
     "reliability": "published failures and effective times, beside what other sources say of them",
     "sweep": "draw the points of a sweep",

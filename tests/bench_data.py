@@ -2,8 +2,8 @@
 
 Parts, all of them without one named: near (MinHash), memory, filters, pages (extraction), line (the whole), ahead (`sim` on four times the
 corpus). Ratios are of processor seconds in one run on the same texts; datatrove gets as many of them as it does in minutes, and is left out
-where DATATROVE is not set. There `pip install datatrove[processing] spacy warcio faust-cchardet python-magic orjson lxml_html_clean` is needed,
-and the same trafilatura as here.
+where DATATROVE is not set. It needs datatrove[processing] spacy warcio faust-cchardet python-magic orjson lxml_html_clean, and the same
+trafilatura as here.
 """
 
 import json

@@ -1,0 +1,98 @@
+"""Runs of different sizes as a scaling law is fitted to them: a table of parameters, tokens and losses, and what these count."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from conf.errors import Refused
+
+COLUMNS = {"params": ("params", "N"), "tokens": ("tokens", "D"), "loss": ("loss", "L"), "flop": ("flop", "C"),
+           "weight": ("weight",), "group": ("group",)}  # fmt: skip
+CONVENTIONS = {"params_count": "which parameters are counted (total, or without embeddings)", "loss_unit": "nat or bit, a token or a byte",
+               "tokenizer": "the tokenizer"}  # fmt: skip
+NEEDED = ("params", "tokens", "loss")
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Runs, each with its parameters N, tokens D, loss, compute C [FLOP], weight and group; arrays (n,)."""
+
+    params: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    loss: NDArray[np.float64]
+    flop: NDArray[np.float64]
+    weight: NDArray[np.float64]
+    group: NDArray[Any]
+    conventions: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def where(self, keep: NDArray[Any]) -> "Ladder":
+        return Ladder(self.params[keep], self.tokens[keep], self.loss[keep], self.flop[keep], self.weight[keep], self.group[keep],
+                      self.conventions)  # fmt: skip
+
+    def without_worst(self, drop: int) -> "Ladder":
+        """Without the runs of the highest losses."""
+        return self.where(np.sort(np.argsort(self.loss, kind="stable")[: len(self) - drop]))
+
+    @classmethod
+    def read(cls, path: str) -> "Ladder":
+        """The runs in a CSV file.
+
+        Raises Refused where a column or a number is missing, a loss is not positive, or conventions are mixed.
+        """
+        try:
+            frame = pd.read_csv(Path(path))
+        except FileNotFoundError as error:
+            raise Refused(f"data={path} does not exist; name a CSV file of runs with columns {', '.join(NEEDED)}") from error
+        except (ValueError, OSError) as error:
+            raise Refused(f"data={path} is no CSV table of runs: {str(error).splitlines()[0]}") from error
+        return cls.of(frame, path)
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, name: str = "table") -> "Ladder":
+        names = {what: next((n for n in spellings if n in frame.columns), None) for what, spellings in COLUMNS.items()}
+        for what in NEEDED:
+            if names[what] is None and not (what == "tokens" and names["flop"]):
+                told = ", ".join(map(str, frame.columns[:12]))
+                raise Refused(
+                    f"data={name} has no column {' or '.join(COLUMNS[what])}; it has {told}; rename the one that holds {_MEANS[what]}"
+                )
+        numbers = {what: _numbers(frame, n, name) for what, n in names.items() if n and what != "group"}
+        if "tokens" not in numbers:
+            numbers["tokens"] = numbers["flop"] / 6 / numbers["params"]
+        flop = numbers.get("flop", 6 * numbers["params"] * numbers["tokens"])  # floats: as integers 6 N D overflows at 9.2e18
+        weight = numbers.get("weight", np.ones(len(frame)))
+        group = frame[names["group"]].to_numpy() if names["group"] else numbers["params"]
+        counted = {"flop": "as given" if "flop" in numbers else "6 N D"}
+        return cls(numbers["params"], numbers["tokens"], numbers["loss"], flop, weight, group, counted | _conventions(frame, name))
+
+
+_MEANS = {"params": "parameters", "tokens": "training tokens", "loss": "the loss at the end"}
+
+
+def _numbers(frame: pd.DataFrame, column: str, name: str) -> NDArray[np.float64]:
+    values = pd.to_numeric(frame[column], errors="coerce").to_numpy(np.float64)
+    wrong = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+    if len(wrong):
+        told = frame[column].iloc[wrong[0]]
+        raise Refused(
+            f"data={name}: {column} is {told} in row {wrong[0] + 1} of {len(frame)}; a positive number is needed; mend or remove the row"
+        )
+    return values
+
+
+def _conventions(frame: pd.DataFrame, name: str) -> dict[str, str]:
+    """What the numbers count, where columns say so: nothing is guessed."""
+    told = {}
+    for column, means in CONVENTIONS.items():
+        values = sorted(frame[column].astype(str).unique()) if column in frame.columns else ["not said"]
+        if len(values) > 1:
+            raise Refused(f"data={name} mixes {column}: {', '.join(values)}; {means} must be the same in all rows: fit them apart")
+        told[column] = values[0]
+    return told

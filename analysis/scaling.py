@@ -1,0 +1,154 @@
+"""A scaling law fitted to a user's runs: parameters, the best size for a budget, how sure both are, and how far they reach."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from analysis.chinchilla import NAMES, Array
+from analysis.ladder import Ladder
+from analysis.law import Fit, fit
+from conf.errors import Refused
+from conf.program import flag
+from conf.units import read
+
+OPTIONS = {
+    "data": ("", "CSV file of runs: params (or N), tokens (or D), loss; flop (or C), weight, group if there are"),
+    "drop": ("0", "runs of the highest losses to leave out"),
+    "delta": ("1e-3", "distance in ln loss from which Huber's loss grows linearly; 1e-7 = least absolute deviations"),
+    "bootstrap": ("4000", "samples of the bootstrap; 0 = none"),
+    "by": ("run", "what is drawn: run, or group (a column; without one, runs of the same params)"),
+    "budget": ("", "budgets to divide best, with commas, as in 5.76e23 FLOP"),
+    "json": ("false", "print one JSON object instead of a table"),
+}
+BAND = (0.025, 0.975)
+WIDE = 3.0  # a band of N* from end to end beyond which the division is not determined
+ALLOCATION = "these runs do not determine how to divide a budget: vary params and tokens against each other over a wider range"
+
+
+def scaling(options: Mapping[str, str]) -> int:
+    """Fit the law and say what follows."""
+    if not options["data"]:
+        raise Refused("data= names no file; give a CSV file of runs with columns params, tokens, loss")
+    ladder = Ladder.read(options["data"])
+    drop, count = _whole(options, "drop"), _whole(options, "bootstrap")
+    if options["by"] not in ("run", "group"):
+        raise Refused(f"by={options['by']}: it is run or group")
+    budgets = [_budget(text.strip()) for text in options["budget"].split(",") if text.strip()]
+    found = fit(ladder.without_worst(drop), _delta(options["delta"]), count, options["by"] == "group")
+    told = describe(found, budgets) | {"data": options["data"], "dropped": drop, "sensitivity": sensitivity(ladder, found, budgets)}
+    print(json.dumps(told) if flag(options, "json") else table(told))
+    return 0
+
+
+def _whole(options: Mapping[str, str], name: str) -> int:
+    if not options[name].isdigit():
+        raise Refused(f"{name}={options[name]} is no whole number of 0 or more")
+    return int(options[name])
+
+
+def _budget(text: str) -> float:
+    try:
+        return read(text, "FLOP")
+    except ValueError as error:
+        raise Refused(f"budget={text}: {error}") from error
+
+
+def _delta(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 10:
+        raise Refused(f"delta={text} is no distance in ln loss; 1e-3 is usual, 1e-7 is least absolute deviations")
+    return value
+
+
+def describe(found: Fit, budgets: list[float]) -> dict[str, Any]:
+    """All of it, as numbers."""
+    ladder, ends = found.ladder, _ends(found.samples)
+    ratio = ladder.tokens / ladder.params
+    return {
+        "form": "chinchilla",
+        "runs": len(ladder),
+        "parameters": dict(zip(NAMES, found.parameters.tolist(), strict=True)),
+        "objective": found.objective,
+        "standard_errors": dict(zip(NAMES, found.samples.std(0).tolist(), strict=True)) if len(found.samples) else {},
+        "intervals": {name: [float(low), float(high)] for name, low, high in zip(NAMES, *ends, strict=True)} if len(found.samples) else {},
+        "optimum": [_best(found, budget) for budget in budgets],
+        "range": {"flop": _span(ladder.flop), "params": _span(ladder.params), "tokens_per_param": _span(ratio)},
+        "diagnostics": {"starts_at_optimum": found.at_optimum, "condition": found.condition,
+                        "mean_abs_error_pct": float(np.mean(np.abs(found.loss(ladder.params, ladder.tokens) / ladder.loss - 1)) * 100)},
+        "conventions": ladder.conventions | {"delta": f"{found.delta:g} of ln loss", "optimum": "C = 6 N D"},
+    }  # fmt: skip
+
+
+def _best(found: Fit, budget: float) -> dict[str, Any]:
+    best, others = found.optimum(budget)
+    told: dict[str, Any] = {"flop": budget, "params": float(best.params), "tokens": float(best.tokens), "loss": float(best.loss),
+                            "beyond_largest_run": budget / float(found.ladder.flop.max())}  # fmt: skip
+    if len(found.samples):
+        bands = {name: [float(end) for end in _ends(values)] for name, values in others._asdict().items()}
+        told |= {
+            "intervals": bands,
+            "determined": bands["params"][1] / bands["params"][0] <= WIDE and bool(np.isfinite(others.params).all()),
+        }
+    return told
+
+
+def _ends(samples: Array) -> Array:
+    return np.nanquantile(samples, BAND, axis=0) if len(samples) else np.zeros((2, *samples.shape[1:]))
+
+
+def _span(values: Array) -> list[float]:
+    return [float(values.min()), float(values.max())]
+
+
+def sensitivity(ladder: Ladder, found: Fit, budgets: list[float]) -> list[dict[str, float]]:
+    """N* at the largest budget, as runs of the highest losses are dropped and delta changes: what a bootstrap does not show."""
+    budget = max(budgets, default=float(ladder.flop.max()))
+    few = [drop for drop in (0, 1, 3, 5, 10, 20) if drop <= len(ladder) // 5]
+    choices = [(drop, found.delta) for drop in few] + [(len(ladder) - len(found.ladder), delta) for delta in (1e-7, 1e-4, 1e-2)]
+    fits = [(drop, delta, fit(ladder.without_worst(drop), delta, 0)) for drop, delta in choices]
+    return [{"dropped": drop, "delta": delta, "params": float(one.optimum(budget)[0].params), "alpha": float(one.parameters[3]),
+             "beta": float(one.parameters[4])} for drop, delta, one in fits]  # fmt: skip
+
+
+def table(told: dict[str, Any]) -> str:
+    """The same for people."""
+    lines = [f"{told['form']} form, L = E + A / N^alpha + B / D^beta, on {told['runs']} runs of {told['data']}"
+             + (f", {told['dropped']} of the highest losses dropped" if told["dropped"] else ""), ""]  # fmt: skip
+    for name, value in told["parameters"].items():
+        band = told["intervals"].get(name)
+        lines.append(f"  {name:6} {value:10.5g}" + (f"   95%: {band[0]:.4g} … {band[1]:.4g}" if band else ""))
+    for best in told["optimum"]:
+        lines += ["", *_told(best)]
+    lines += ["", "N* as runs are dropped and delta changes"]
+    lines += [f"  {row['dropped']:3} dropped, delta {row['delta']:<7g} {_amount(row['params']):>10}" for row in told["sensitivity"]]
+    fine, kept = told["diagnostics"], told["conventions"]
+    lines += [
+        "",
+        f"{fine['starts_at_optimum']:.0%} of the starts ended at this optimum; mean error on its runs {fine['mean_abs_error_pct']:.2f}%",
+    ]
+    return "\n".join([*lines, "counted: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in kept.items())])
+
+
+def _told(best: dict[str, Any]) -> list[str]:
+    ratio, rows = best["tokens"] / best["params"], list[str]()
+    rows.append(f"{best['flop']:.3g} FLOP, {best['beyond_largest_run']:.3g} times the largest run: {ratio:.3g} tokens a parameter")
+    for name, shown in (("params", _amount), ("tokens", _amount), ("loss", "{:.4g}".format)):
+        band = f"   95%: {' … '.join(map(shown, best['intervals'][name]))}" if "intervals" in best else ""
+        rows.append(f"  {name:6} {shown(best[name]):>10}{band}")
+    return [*rows, *([f"  {ALLOCATION}"] if best.get("determined") is False else [])]
+
+
+def _amount(value: float) -> str:
+    """
+    >>> _amount(73.2e9)
+    '73.2 billion'
+    """
+    size, name = next(
+        pair for pair in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1.0, "")) if value >= pair[0] or pair[0] == 1
+    )
+    return f"{value / size:.3g} {name}".strip()
