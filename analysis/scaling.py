@@ -7,14 +7,19 @@ from typing import Any
 import numpy as np
 
 from analysis.chinchilla import NAMES, Array
+from analysis.forms import FORMS, choose, fit_form
 from analysis.ladder import Ladder
-from analysis.law import Fit, fit
-from conf.errors import Refused
+from analysis.law import Fit, fit, refuse_unfit
+from conf.errors import Refused, nearest
 from conf.program import flag
 from conf.units import read
 
 OPTIONS = {
     "data": ("", "CSV file of runs: params (or N), tokens (or D), loss; flop (or C), weight, group if there are"),
+    "form": (
+        "chinchilla",
+        "chinchilla, kaplan, coupled or farseer; auto = that which foretells the larger of these runs best from the smaller",
+    ),
     "drop": ("0", "runs of the highest losses to leave out"),
     "delta": ("1e-3", "distance in ln loss from which Huber's loss grows linearly; 1e-7 = least absolute deviations"),
     "bootstrap": ("4000", "samples of the bootstrap; 0 = none"),
@@ -36,6 +41,10 @@ def scaling(options: Mapping[str, str]) -> int:
     if options["by"] not in ("run", "group"):
         raise Refused(f"by={options['by']}: it is run or group")
     budgets = [_budget(text.strip()) for text in options["budget"].split(",") if text.strip()]
+    if options["form"] != "chinchilla":
+        told = other(ladder.without_worst(drop), options["form"], _delta(options["delta"]), budgets) | {"data": options["data"]}
+        print(json.dumps(told) if flag(options, "json") else other_table(told))
+        return 0
     found = fit(ladder.without_worst(drop), _delta(options["delta"]), count, options["by"] == "group")
     told = describe(found, budgets) | {"data": options["data"], "dropped": drop, "sensitivity": sensitivity(ladder, found, budgets)}
     print(json.dumps(told) if flag(options, "json") else table(told))
@@ -63,6 +72,40 @@ def _delta(text: str) -> float:
     if not 0 < value < 10:
         raise Refused(f"delta={text} is no distance in ln loss; 1e-3 is usual, 1e-7 is least absolute deviations")
     return value
+
+
+def other(ladder: Ladder, form: str, delta: float, budgets: list[float]) -> dict[str, Any]:
+    """Another form, or the one that foretells best: each form's error on larger runs, and what each says of a budget."""
+    if form not in (*FORMS, "auto"):
+        raise Refused(f"form={form} is no form of the law; {nearest(form, (*FORMS, 'auto'))}")
+    refuse_unfit(ladder)
+    found, errors = choose(ladder, delta) if form == "auto" else (fit_form(ladder, form, delta), {})
+    others = [fit_form(ladder, name, delta) for name in errors if name != found.form]
+    return {
+        "form": found.form,
+        "runs": len(ladder),
+        "parameters": dict(zip(FORMS[found.form].names, found.theta.tolist(), strict=True)),
+        "centre": {"ln_params": found.means[0], "ln_tokens": found.means[1]},
+        "objective": found.objective,
+        "backtest_error": errors,
+        "optimum": [{"flop": flop, "beyond_largest_run": flop / float(ladder.flop.max()), "form": one.form,
+                     **dict(zip(("params", "loss"), one.optimum(flop) or (None, None), strict=True))}
+                    for flop in budgets for one in (found, *others)],
+        "conventions": ladder.conventions,
+    }  # fmt: skip
+
+
+def other_table(told: dict[str, Any]) -> str:
+    errors, centre = told["backtest_error"], told["centre"]
+    lines = [f"{told['form']} form on {told['runs']} runs of {told['data']}",
+             f"centred at ln params {centre['ln_params']:.4f}, ln tokens {centre['ln_tokens']:.4f}", ""]  # fmt: skip
+    lines += [f"  {name:6} {value:12.6g}" for name, value in told["parameters"].items()] + [""]
+    lines += ["mean error of the larger runs, foretold from the smaller"] if errors else []
+    lines += [f"  {name:10} {error:7.2%}" for name, error in sorted(errors.items(), key=lambda pair: pair[1])]
+    for row in told["optimum"]:
+        size = f"{_amount(row['params'])} parameters, loss {row['loss']:.4g}" if row["params"] else "no best size within six decades"
+        lines.append(f"{row['flop']:.3g} FLOP, {row['beyond_largest_run']:.3g} times the largest run, {row['form']}: {size}")
+    return "\n".join(lines)
 
 
 def describe(found: Fit, budgets: list[float]) -> dict[str, Any]:

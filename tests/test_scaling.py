@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 
 from analysis import chinchilla
 from analysis.chinchilla import Points, parameters, solve, starts
+from analysis.forms import FORMS, choose, fit_form
 from analysis.ladder import Ladder
 from analysis.law import fit, optimum, predicted
 from conf.program import main
@@ -98,6 +99,60 @@ def test_intervals_cover_the_truth():
         low, high = np.quantile(samples[:, 3], [0.025, 0.975])
         inside += low <= TRUE[3] <= high
     assert 0.90 <= inside / 300 <= 0.985
+
+
+# -- other forms
+
+
+@pytest.mark.parametrize("form", ["coupled", "kaplan"])
+def test_other_forms_are_recovered(form):
+    params, tokens = (grid.ravel() for grid in np.meshgrid(np.geomspace(1e8, 1e10, 7), np.geomspace(2e9, 2e11, 6)))
+    beta = 1.0 if form == "kaplan" else 0.6
+    loss = 1.7 + (0.9 * (params / 1e9) ** -0.5 + 0.8 * (tokens / 2e10) ** -beta) ** 0.6
+    found = fit_form(Ladder.of(pd.DataFrame({"N": params, "D": tokens, "loss": loss})), form)
+    theta = dict(zip(FORMS[form].names, found.theta, strict=True))
+    assert theta["gamma"] == pytest.approx(0.6, rel=1e-4) and np.exp(theta["e"]) == pytest.approx(1.7, rel=1e-5)
+    np.testing.assert_allclose(found.loss(params * 10, tokens * 10), 1.7 + (0.9 * (params / 1e8) ** -0.5
+                               + 0.8 * (tokens / 2e9) ** -beta) ** 0.6, rtol=1e-5)  # fmt: skip
+
+
+def test_the_search_finds_the_closed_form():
+    ladder = made()
+    found = fit_form(ladder, "chinchilla")
+    best = found.optimum(GOPHER)
+    assert best is not None and best[0] == pytest.approx(float(optimum(TRUE, GOPHER).params), rel=1e-5)
+
+
+@needs_shared
+@pytest.mark.slow
+def test_farseers_largest_runs_are_foretold_by_a_form_that_the_smaller_ones_choose():
+    frame = pd.read_csv(DATA / "scalebench_farseer_scaling_law.csv")[["N", "D", "loss", "split"]]
+    train, test = (Ladder.of(frame[frame["split"] == name].reset_index(drop=True)) for name in ("train", "test"))
+    found, errors = choose(train)
+    assert np.abs(found.loss(test.params, test.tokens) / test.loss - 1).mean() <= 0.006 and errors["chinchilla"] > 0.02
+
+
+@needs_shared
+def test_olmos_seven_billion_from_three():
+    frame = pd.read_csv(DATA / "olmo_ladder_final.csv").assign(loss=lambda f: f["c4_loss"])
+    large = frame["size"].isin(["7B", "13B"])
+    found, _ = choose(Ladder.of(frame[~large][["params", "tokens", "loss"]].reset_index(drop=True)))
+    run = frame[frame["size"] == "7B"].iloc[0]
+    assert float(found.loss(np.array([run["params"]]), np.array([run["tokens"]]))[0]) == pytest.approx(run["loss"], rel=0.003)
+
+
+@needs_shared
+@pytest.mark.slow
+def test_the_gemstones_published_fits_are_reached():
+    """Twenty fits of mcleish7/gemstone-scaling-laws, at two deltas: none of theirs is lower."""
+    fits, runs = pd.read_csv(DATA / "gemstones_published_fits.csv"), pd.read_csv(DATA / "gemstones_losses.csv")
+    seen = 0
+    for _, row in fits[fits["subset"].isin(runs["subset"].unique())].iterrows():
+        frame = runs[runs["subset"] == row["subset"]]
+        ladder = Ladder.of(pd.DataFrame({"N": frame["params_active_precise"], "D": frame["tokens"], "loss": frame["final_loss"]}))
+        assert fit(ladder, float(row["delta"]), 0).objective <= row["loss"] * (1 + 1e-5), row["file"]
+        seen += 1
+    assert seen == 20
 
 
 # -- traps
@@ -221,7 +276,7 @@ def test_bad_tables_are_one_line(tmp_path, capsys, content, words):
 
 @pytest.mark.parametrize(("option", "words"), [
     ("budget=5e23", "has no unit; expected FLOP"), ("delta=none", "is no distance in ln loss"), ("by=size", "it is run or group"),
-    ("drop=-1", "is no whole number"), ("data=nowhere.csv", "does not exist"),
+    ("form=chinchila", "did you mean chinchilla?"), ("drop=-1", "is no whole number"), ("data=nowhere.csv", "does not exist"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(tmp_path, capsys, option, words):
     path = write(tmp_path / "runs.csv", made())
