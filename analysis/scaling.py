@@ -8,6 +8,7 @@ import numpy as np
 
 from analysis.chinchilla import NAMES, Array
 from analysis.forms import FORMS, choose, fit_form
+from analysis.isoflop import isoflop
 from analysis.ladder import Ladder
 from analysis.law import Fit, fit, refuse_unfit
 from conf.errors import Refused, nearest
@@ -16,6 +17,7 @@ from conf.units import read
 
 OPTIONS = {
     "data": ("", "CSV file of runs: params (or N), tokens (or D), loss; flop (or C), weight, group if there are"),
+    "approach": ("3", "3 = the whole law; 2 = the best size of each budget, from runs of equal flop, and its power law"),
     "form": (
         "chinchilla",
         "chinchilla, kaplan, coupled or farseer; auto = that which foretells the larger of these runs best from the smaller",
@@ -41,6 +43,11 @@ def scaling(options: Mapping[str, str]) -> int:
     if options["by"] not in ("run", "group"):
         raise Refused(f"by={options['by']}: it is run or group")
     budgets = [_budget(text.strip()) for text in options["budget"].split(",") if text.strip()]
+    if options["approach"] == "2":
+        print(second(ladder.without_worst(drop), budgets, flag(options, "json")))
+        return 0
+    if options["approach"] != "3":
+        raise Refused(f"approach={options['approach']}: it is 2 or 3")
     if options["form"] != "chinchilla":
         told = other(ladder.without_worst(drop), options["form"], _delta(options["delta"]), budgets) | {"data": options["data"]}
         print(json.dumps(told) if flag(options, "json") else other_table(told))
@@ -72,6 +79,25 @@ def _delta(text: str) -> float:
     if not 0 < value < 10:
         raise Refused(f"delta={text} is no distance in ln loss; 1e-3 is usual, 1e-7 is least absolute deviations")
     return value
+
+
+def second(ladder: Ladder, budgets: list[float], as_json: bool) -> str:
+    """The best sizes of the budgets that were run, and of others by their power law."""
+    found = isoflop(ladder)
+    ahead = [{"flop": flop, "params": found.coefficient * flop**found.exponent, "beyond_largest_run": flop / float(ladder.flop.max())}
+             for flop in budgets]  # fmt: skip
+    if as_json:
+        curves = [dict(zip(("flop", "params", "loss"), map(float, row), strict=True)) for row in zip(*found[:3], strict=True)]
+        return json.dumps(
+            {"form": "isoflop", "exponent": found.exponent, "coefficient": found.coefficient, "curves": curves, "optimum": ahead}
+        )
+    lines = [f"N* = {found.coefficient:.4g} C^{found.exponent:.4f}, through the best sizes of {len(found.flop)} budgets", ""]
+    lines += [f"  {flop:8.3g} FLOP  {_amount(params):>13}  loss {loss:.4g}" for flop, params, loss in zip(*found[:3], strict=True)]
+    rows = (
+        f"{row['flop']:.3g} FLOP, {row['beyond_largest_run']:.3g} times the largest run: {_amount(row['params'])} parameters"
+        for row in ahead
+    )
+    return "\n".join([*lines, *rows])
 
 
 def other(ladder: Ladder, form: str, delta: float, budgets: list[float]) -> dict[str, Any]:
