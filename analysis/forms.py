@@ -21,6 +21,8 @@ from analysis.law import fit as chinchilla_fit
 from conf.errors import Refused
 
 CUTS = (0.6, 0.75, 0.9)  # shares of the runs, in the order of compute, from which the others are foretold
+RUNS = 2  # runs a parameter that a form must have to be tried
+CLOSE, NORMAL = 1.5, 1.96
 BENDS = (-0.3, -0.1, 0.05)  # of Farseer's exponents, to start from
 GAMMAS = (0.5, 1.0, 2.0)
 
@@ -157,6 +159,25 @@ def backtest(ladder: Ladder, name: str, delta: float = DELTA, cuts: Sequence[flo
 
 def choose(ladder: Ladder, delta: float = DELTA) -> tuple[Fitted, dict[str, float]]:
     """The form that foretells the ladder's own larger runs best, fitted to all of it; and the error of each form."""
-    errors = {name: backtest(ladder, name, delta) for name, form in FORMS.items() if int(len(ladder) * CUTS[0]) > len(form.names)}
+    least = int(len(ladder) * CUTS[0])
+    errors = {name: backtest(ladder, name, delta) for name, form in FORMS.items() if least >= RUNS * len(form.names)}
+    if not errors:
+        need = -(-RUNS * len(FORMS["chinchilla"].names) * 10 // int(CUTS[0] * 10))
+        raise Refused(f"form=auto foretells larger runs from smaller ones and needs at least {need} runs; these are {len(ladder)}")
     best = min(errors, key=lambda name: errors[name])
     return fit_form(ladder, best, delta), errors
+
+
+def band(ladder: Ladder, found: Fitted, errors: dict[str, float], params: Array, tokens: Array) -> tuple[Array, Array]:
+    """Low and high ends of a 95% band of a new run's loss.
+
+    It holds the scatter of the runs around the law, the law's error on larger runs of the ladder (as a normal spread: 1.25 times the mean
+    absolute error), and beside these how far the other forms go that foretold at most CLOSE times as badly.
+    """
+    center = found.loss(params, tokens)
+    scatter = float(np.sqrt(np.mean((found.loss(ladder.params, ladder.tokens) / ladder.loss - 1) ** 2)))
+    half = NORMAL * np.hypot(scatter, np.sqrt(np.pi / 2) * errors[found.form]) * center
+    rivals = [fit_form(ladder, name).loss(params, tokens) for name, error in errors.items() if error <= CLOSE * errors[found.form]]
+    sane = [rival for rival in rivals if (rival < 2 * center).all()]  # a form that bends too much leaves the numbers
+    low, high = np.minimum.reduce([center, *sane]), np.maximum.reduce([center, *sane])
+    return low - half, high + half

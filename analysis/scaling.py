@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from analysis.chinchilla import NAMES, Array
-from analysis.forms import FORMS, choose, fit_form
+from analysis.forms import FORMS, Fitted, band, choose, fit_form
 from analysis.isoflop import isoflop
 from analysis.ladder import Ladder
-from analysis.law import Fit, fit, refuse_unfit
+from analysis.law import PER_TOKEN, Fit, fit, refuse_unfit
 from conf.errors import Refused, nearest
 from conf.program import flag
 from conf.units import read
@@ -106,7 +106,7 @@ def other(ladder: Ladder, form: str, delta: float, budgets: list[float]) -> dict
         raise Refused(f"form={form} is no form of the law; {nearest(form, (*FORMS, 'auto'))}")
     refuse_unfit(ladder)
     found, errors = choose(ladder, delta) if form == "auto" else (fit_form(ladder, form, delta), {})
-    others = [fit_form(ladder, name, delta) for name in errors if name != found.form]
+    forms = [found, *(fit_form(ladder, name, delta) for name in errors if name != found.form)]
     return {
         "form": found.form,
         "runs": len(ladder),
@@ -114,11 +114,26 @@ def other(ladder: Ladder, form: str, delta: float, budgets: list[float]) -> dict
         "centre": {"ln_params": found.means[0], "ln_tokens": found.means[1]},
         "objective": found.objective,
         "backtest_error": errors,
-        "optimum": [{"flop": flop, "beyond_largest_run": flop / float(ladder.flop.max()), "form": one.form,
-                     **dict(zip(("params", "loss"), one.optimum(flop) or (None, None), strict=True))}
-                    for flop in budgets for one in (found, *others)],
+        "optimum": [_row(ladder, one, errors if one is found else {}, flop) for flop in budgets for one in forms],
         "conventions": ladder.conventions,
-    }  # fmt: skip
+    }
+
+
+def _row(ladder: Ladder, one: Fitted, errors: dict[str, float], flop: float) -> dict[str, Any]:
+    """What a form says of a budget; where errors are known, with a band of the loss that holds the choice of form."""
+    told: dict[str, Any] = {
+        "flop": flop,
+        "beyond_largest_run": flop / float(ladder.flop.max()),
+        "form": one.form,
+        "params": None,
+        "loss": None,
+    }
+    if best := one.optimum(flop):
+        told |= {"params": best[0], "loss": best[1]}
+        if errors:
+            low, high = band(ladder, one, errors, np.array([best[0]]), np.array([flop / PER_TOKEN / best[0]]))
+            told["loss_interval"] = [float(low[0]), float(high[0])]
+    return told
 
 
 def other_table(told: dict[str, Any]) -> str:
@@ -130,7 +145,9 @@ def other_table(told: dict[str, Any]) -> str:
     lines += [f"  {name:10} {error:7.2%}" for name, error in sorted(errors.items(), key=lambda pair: pair[1])]
     for row in told["optimum"]:
         size = f"{_amount(row['params'])} parameters, loss {row['loss']:.4g}" if row["params"] else "no best size within six decades"
-        lines.append(f"{row['flop']:.3g} FLOP, {row['beyond_largest_run']:.3g} times the largest run, {row['form']}: {size}")
+        ends = "{:.4g} … {:.4g}".format(*row["loss_interval"]) if "loss_interval" in row else ""
+        head = f"{row['flop']:.3g} FLOP, {row['beyond_largest_run']:.3g} times the largest run, {row['form']}"
+        lines.append(f"{head}: {size}" + (f", 95% with the choice of form: {ends}" if ends else ""))
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """Scaling laws fitted: other people's fits reproduced, synthetic laws recovered, each known numerical trap with code that falls in."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ from scipy.optimize import minimize
 
 from analysis import chinchilla
 from analysis.chinchilla import Points, parameters, solve, starts
-from analysis.forms import FORMS, choose, fit_form
+from analysis.forms import FORMS, band, choose, fit_form
 from analysis.isoflop import isoflop, minimum
 from analysis.ladder import Ladder
 from analysis.law import fit, optimum, predicted
+from analysis.repeated import Repeated
+from analysis.served import served
+from conf.errors import Refused
 from conf.program import main
 from tests.conftest import SHARED
 
@@ -154,6 +158,73 @@ def test_the_gemstones_published_fits_are_reached():
         assert fit(ladder, float(row["delta"]), 0).objective <= row["loss"] * (1 + 1e-5), row["file"]
         seen += 1
     assert seen == 20
+
+
+def held_out():
+    """Ladders cut below their largest runs."""
+    points = pd.read_csv(DATA / "epoch_chinchilla_fig4.csv").sort_values("loss").iloc[:-5]
+    yield from ((points[points["flop"] <= c], points[points["flop"] > c]) for c in (3e20, 1e21))
+    farseer = pd.read_csv(DATA / "scalebench_farseer_scaling_law.csv")[["N", "D", "loss", "split"]]
+    yield farseer[farseer["split"] == "train"], farseer[farseer["split"] == "test"]
+    olmo = pd.read_csv(DATA / "olmo_ladder_final.csv").assign(loss=lambda f: f["c4_loss"])[["size", "params", "tokens", "loss"]]
+    yield from ((olmo[~olmo["size"].isin(large)], olmo[olmo["size"].isin(large)]) for large in (["3B", "7B", "13B"], ["7B", "13B"]))
+    stones = (
+        pd.read_csv(DATA / "gemstones_losses.csv")
+        .query("subset == 'hot'")
+        .rename(columns={"params_active_precise": "N", "final_loss": "loss"})
+    )
+    yield stones[stones["N"] < 6e8][["N", "tokens", "loss"]], stones[stones["N"] > 6e8][["N", "tokens", "loss"]]
+
+
+@needs_shared
+@pytest.mark.slow
+def test_bands_cover_what_was_held_out():
+    """Of 163 larger runs of six ladders at least 85% (asked), where a bootstrap of the law covers a third or less."""
+    inside = total = 0
+    for small, large in held_out():
+        ladder, ahead = (Ladder.of(part.reset_index(drop=True)) for part in (small, large))
+        found, errors = choose(ladder)
+        low, high = band(ladder, found, errors, ahead.params, ahead.tokens)
+        assert np.isfinite(high).all()
+        inside, total = inside + int(((low <= ahead.loss) & (ahead.loss <= high)).sum()), total + len(ahead)
+    assert total == 163 and inside / total >= 0.85
+
+
+# -- repeated tokens, and models that are used
+
+
+@needs_shared
+def test_muennighoffs_objective():
+    frame = pd.read_csv(DATA / "muennighoff_fit182.csv")
+    miss = np.log(Repeated().loss(frame["params"], frame["tokens"], frame["unique_tokens"])) - np.log(frame["loss"])
+    huber = np.where(abs(miss) <= 1e-3, miss**2 / 2, 1e-3 * (abs(miss) - 0.5e-3))
+    assert len(frame) == 182 and huber.sum() == pytest.approx(0.015825936570763588, abs=1e-6)
+
+
+def test_tokens_that_come_again_are_worth_less():
+    law = Repeated()
+    assert float(law.loss(6.34e9, 242e9, 25e9)) == pytest.approx(2.2256440889984477, abs=1e-12)  # their README
+    assert float(law.loss(8.67e9, 178e9, 25e9)) == pytest.approx(2.2269634075087867, abs=1e-12)
+    once, epochs = law.loss(8.67e9, 178e9, 178e9), np.array([2, 4, 8, 16, 40])
+    np.testing.assert_allclose(law.loss(8.67e9, 178e9, 178e9 / epochs) - once, [0.003, 0.015, 0.040, 0.089, 0.210], atol=6e-4)
+
+
+def test_a_model_that_is_used_is_smaller_and_trained_for_longer():
+    """The table of ../shared/notes/scaling.md, section 9; the first-order condition; no inference is the training optimum."""
+    best = optimum(TRUE, 1e23)
+    amounts = [0, 1e12, 1e13, 1e14]
+    found = [served(TRUE, float(best.loss), amount) for amount in amounts]
+    np.testing.assert_allclose([one.params for one in found], [29.4e9, 19.7e9, 11.4e9, 7.5e9], rtol=0.01)
+    np.testing.assert_allclose([one.training / 1e23 for one in found], [1, 1.07, 1.66, 4.24], rtol=0.01)
+    assert found[0].params == pytest.approx(float(best.params), rel=1e-9)
+    _, A, B, alpha, beta = TRUE
+    for one, amount in zip(found, amounts, strict=True):
+        left = alpha * A * one.params**-alpha / (beta * B * one.tokens**-beta) / (1 + amount / (3 * one.tokens)) - 1
+        assert abs(left) < 1e-8 and predicted(TRUE, one.params, one.tokens) == pytest.approx(float(best.loss), rel=1e-12)
+    many = [served(TRUE, 2.1, amount) for amount in np.geomspace(1e9, 1e16, 60)]
+    assert all(a.params > b.params and a.tokens < b.tokens for a, b in pairwise(many))
+    with pytest.raises(Refused, match=r"irreducible loss 1\.817"):
+        served(TRUE, 1.8, 0)
 
 
 # -- the second approach
