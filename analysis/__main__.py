@@ -13,6 +13,7 @@ ACTIONS = {
     "published": "predict a table of published measurements, and tell the errors",
     "caps": "fit the law of power caps to measured curves of throughput under caps",
     "check": "tell whether a claim of energy and carbon multiplies",
+    "size": "the best model that money, time or energy buys on a cluster, as a plan",
     "scaling": "fit a scaling law to runs of different sizes, and divide a budget by it",
     "fit": "fit the physical parameters of GPU families to tables of published measurements",
     "reliability": "published failures and effective times, beside what other sources say of them",
@@ -41,10 +42,11 @@ def main(args: Sequence[str]) -> int:
         return 0
     module = importlib.import_module(f"analysis.{action}")
     options, strange = split(given, module.OPTIONS)
-    if strange:
+    takes_plan = getattr(module, "PLAN_WORDS", False)
+    if strange and not takes_plan:
         name = strange[0].partition("=")[0]
         raise Refused(f"{strange[0]} is no option of analysis {action}; {nearest(name, module.OPTIONS)} (written name=value)")
-    return int(getattr(module, action)(options))
+    return int(getattr(module, action)(options, *([strange] if takes_plan else [])))
 
 
 def _help() -> str:

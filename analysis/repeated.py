@@ -37,10 +37,10 @@ class Repeated(NamedTuple):
         """
         unique = np.minimum(tokens, unique)
         base = np.minimum(self.best_params(unique), params)
-        effective = _worth(base, params / base - 1, self.params_decay), _worth(unique, tokens / unique - 1, self.tokens_decay)
+        effective = worth(base, params / base - 1, self.params_decay), worth(unique, tokens / unique - 1, self.tokens_decay)
         return np.asarray(self.E + self.A / effective[0] ** self.alpha + self.B / effective[1] ** self.alpha)
 
 
-def _worth(once: Array, again: Array, decay: float) -> Array:
+def worth(once: Array, again: Array, decay: float) -> Array:
     """What comes to when something is there once and `again` times more."""
     return np.asarray(once + once * decay * (1 - np.exp(-np.maximum(0, again) / decay)))
