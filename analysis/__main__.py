@@ -14,6 +14,7 @@ ACTIONS = {
     "caps": "fit the law of power caps to measured curves of throughput under caps",
     "check": "tell whether a claim of energy and carbon multiplies",
     "size": "the best model that money, time or energy buys on a cluster, as a plan",
+    "design": "which small runs to make before a large one, as commands",
     "scaling": "fit a scaling law to runs of different sizes, and divide a budget by it",
     "fit": "fit the physical parameters of GPU families to tables of published measurements",
     "reliability": "published failures and effective times, beside what other sources say of them",

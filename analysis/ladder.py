@@ -9,6 +9,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from conf.errors import Refused
+from conf.plan import Plan
+from conf.program import from_yaml
+from conf.record import read_summary
 
 COLUMNS = {"params": ("params", "N"), "tokens": ("tokens", "D"), "loss": ("loss", "L"), "flop": ("flop", "C"),
            "weight": ("weight",), "group": ("group",)}  # fmt: skip
@@ -42,10 +45,12 @@ class Ladder:
 
     @classmethod
     def read(cls, path: str) -> "Ladder":
-        """The runs in a CSV file.
+        """The runs in a CSV file, or those that `real` made below a folder.
 
         Raises Refused where a column or a number is missing, a loss is not positive, or conventions are mixed.
         """
+        if Path(path).is_dir():
+            return cls.of(executed(Path(path)), path)
         try:
             frame = pd.read_csv(Path(path))
         except FileNotFoundError as error:
@@ -71,6 +76,29 @@ class Ladder:
         group = frame[names["group"]].to_numpy() if names["group"] else numbers["params"]
         counted = {"flop": "as given" if "flop" in numbers else "6 N D"}
         return cls(numbers["params"], numbers["tokens"], numbers["loss"], flop, weight, group, counted | _conventions(frame, name))
+
+
+def executed(runs: Path) -> pd.DataFrame:
+    """The runs of `real` that reached their last step and were judged: size, tokens, held-out loss a token, and what was counted.
+
+    Raises Refused where there are none.
+    """
+    rows = []
+    for folder in sorted(path.parent for path in runs.glob("*/real/summary.json")):
+        told, plan = read_summary(folder), from_yaml(folder / "plan.yaml")
+        values = {name: quantity["value"] for name, quantity in told["quantities"].items()} if told else {}
+        if {"pretrain.final_loss", "pretrain.parameters", "run.tokens"} <= set(values) and values["run.tokens"] >= _whole(plan):
+            counted = {"params_count": "total", "loss_unit": "nat a token", "tokenizer": f"{plan.tokenizer.name} of {plan.tokenizer.vocab}"}
+            sizes = {"params": values["pretrain.parameters"], "tokens": values["run.tokens"], "loss": values["pretrain.final_loss"]}
+            rows.append(sizes | counted)
+    if not rows:
+        raise Refused(f"data={runs} holds no finished run with a held-out loss; make some, as with: foretold real -m model.layers=2,4,8")
+    return pd.DataFrame(rows)
+
+
+def _whole(plan: Plan) -> float:
+    """Tokens of all of a plan's steps."""
+    return plan.samples(plan.train.steps) * plan.train.seq_len if plan.train.steps else 0.0
 
 
 _MEANS = {"params": "parameters", "tokens": "training tokens", "loss": "the loss at the end"}

@@ -39,16 +39,16 @@ def aspect(hidden: int) -> float:
 
 
 def _all(like: Model) -> Iterator[tuple[float, Model]]:
-    hidden = 64
+    hidden = 16
     while hidden <= WIDEST:
-        head = 32 if hidden < 512 else 64 if hidden < 1024 else 128
+        head = 16 if hidden < 128 else 32 if hidden < 512 else 64 if hidden < 1024 else 128
         heads = hidden // head
         for layers in LAYERS:
             stray = max(hidden / layers / aspect(hidden), aspect(hidden) * layers / hidden)
             if stray <= STRAY:
                 yield stray, like.but(name=f"dense_{hidden}x{layers}", hidden=hidden, layers=layers, heads=heads, kv_heads=_shared(heads),
                                       ffn=_ffn(hidden), source="analysis size: proportions of analysis/shapes.py")  # fmt: skip
-        hidden += 64 if hidden < 512 else 128 if hidden < 1024 else 512 if hidden < 4096 else 1024
+        hidden += 16 if hidden < 64 else 64 if hidden < 512 else 128 if hidden < 1024 else 512 if hidden < 4096 else 1024
 
 
 def _shared(heads: int) -> int:

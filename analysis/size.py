@@ -15,7 +15,7 @@ import numpy as np
 
 from analysis.chinchilla import NAMES, Array
 from analysis.served import TRAIN
-from analysis.sizing import BATCH, Limits, Run, best_mesh, candidates
+from analysis.sizing import BATCH, RATE, Limits, Run, best_mesh, candidates, learning_rate
 from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
@@ -39,7 +39,6 @@ GPU_CLUSTER = ("data=prepared", "tokenizer=llama3", "model=llama3_8b", "train=la
                "power=hgx", "train.compile=true", "train.seq_len=8192")  # fmt: skip
 USUAL = (("gb200", "gb200"), ("gb300", "gb300"), ("h100", "h100_sxm"), ("b200", "b200"), ("b300", "b300"), ("a100", "a100_80"))
 MONEY = {"USD": 1.0, "kUSD": 1e3, "MUSD": 1e6, "GUSD": 1e9}
-RATE = (1.797, -0.713, 0.307)  # learning rate = 1.797 N^-0.713 D^0.307 (Step Law, as BATCH)
 DEEPSEEK = {"batch": (0.292, 0.3271), "rate": (0.3118, -0.125)}  # by compute (DeepSeek LLM, arXiv 2401.02954; from memory)
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the best run's time, along the frontier
 SHOWN, STEPS = 12, 100  # sizes that are printed; steps that are the least of a training
@@ -205,7 +204,11 @@ def _rates(best: dict[str, Any]) -> dict[str, float]:
 def _launch(run: Run, row: dict[str, Any]) -> Plan:
     """The chosen plan as sim and real take it."""
     steps = int(row["tokens"] / run.plan.tokens_per_step)
-    changes = {"train.steps": steps, "train.learning_rate": _rates(row)["step_law"], "train.warmup": max(1, min(2000, steps // 50))}
+    changes = {
+        "train.steps": steps,
+        "train.learning_rate": learning_rate(run.plan, row["params"], row["tokens"]),
+        "train.warmup": max(1, min(2000, steps // 50)),
+    }
     plan = run.plan.but(**changes, **({"data.tokens": int(row["tokens"]) + 1} if run.plan.data.path is None else {}))
     if wrong := problems(plan):
         raise Refused(*wrong)

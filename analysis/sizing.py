@@ -21,6 +21,8 @@ AROUND = 16.0  # times smaller and larger than the first guess
 LEAST, MOST = 40, 64  # sizes
 GUESS = 0.4  # MFU of the first guess, from which the batch follows
 BATCH = (0.581, 0.571)  # tokens of a batch = 0.581 D^0.571 (Li et al. 2025, Step Law, arXiv 2503.04715)
+RATE = (1.797, -0.713, 0.307)  # learning rate = 1.797 N^-0.713 D^0.307 (the same)
+MEASURED = 6e7  # parameters from which on Step Law was measured; smaller models keep the plan's own batch and rate
 MESH = ("tp", "cp", "pp", "ep", "vpp", "zero", "dp_replicate", "dp_shard", "schedule")
 EXECUTED = {"zero": 3}  # of all shardings the one that real executes
 TOLD = ("tp", "cp", "pp", "dp_shard", "dp_replicate")
@@ -146,7 +148,18 @@ def best_mesh(base: Plan, shape: Shape, law: Array, limits: Limits) -> Run | Non
 
 
 def _batch(base: Plan, shape: Shape, law: Array, limits: Limits) -> int:
-    """Sequences of a batch by Step Law, as a power of two, for the tokens that are guessed at first."""
+    """Sequences of a batch for the tokens that are guessed at first."""
     tokens = _guessed_flop(base, limits) / (TRAIN * shape.params) if limits.target is None else tokens_for(law, shape.params, limits)
-    tokens = tokens if math.isfinite(tokens) else 20 * shape.params
-    return int(2 ** max(1, round(math.log2(BATCH[0] * tokens ** BATCH[1] / base.train.seq_len))))
+    return batch(base, shape.params, tokens if math.isfinite(tokens) else 20 * shape.params)
+
+
+def batch(plan: Plan, params: float, tokens: float) -> int:
+    """Sequences of a batch by Step Law, as a power of two."""
+    if params < MEASURED:
+        return plan.train.global_batch
+    return int(2 ** max(1, round(math.log2(BATCH[0] * tokens ** BATCH[1] / plan.train.seq_len))))
+
+
+def learning_rate(plan: Plan, params: float, tokens: float) -> float:
+    """By Step Law."""
+    return plan.train.learning_rate if params < MEASURED else float(RATE[0] * params ** RATE[1] * tokens ** RATE[2])

@@ -30,6 +30,7 @@ foretold real [options] [group=option] [key=value]   execute a plan
   foretold real only=crawl crawl.seeds=[https://example.org/]   pages of the web, politely; with data.path=crawl as the corpus
   foretold real only=kernels,network             time this machine's operations, for `foretold analysis calibrate`
   foretold real dry=true experiment=llama3_8b    what every rank would hold and send, without a GPU
+  foretold real -m model.layers=2,4 train.steps=500,1000        every combination, one after the other
   foretold real start=runs/p0a1b2c3d4 mesh.tp=2  go on from another plan's checkpoint, on another mesh
   foretold real verify=true                      whether every file of the data stages is what its receipt says
   foretold real export=model                     the newest checkpoint as a Hugging Face model
@@ -61,6 +62,12 @@ def main(args: list[str]) -> int:
         about = args[-1] if args[-1] not in ("--help", "-h") else ""
         print(explain("real", USAGE, OPTIONS, about))
         return 0
+    if multirun := {"-m", "--multirun"} & set(args):
+        from real.sweep import sweep
+
+        words = [arg for arg in args if arg not in multirun]
+        overrides = split(words, OPTIONS)[1]
+        return sweep(overrides, [word for word in words if word not in overrides])
     if "RANK" not in os.environ:
         return _main(args)
     from real.cluster import together

@@ -351,6 +351,20 @@ def test_a_ladder_of_one_ratio_does_not_divide_a_budget(tmp_path, capsys):
     assert "do not determine how to divide a budget" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_runs_that_real_made_are_a_ladder(tmp_path, monkeypatch, tiny, capfd):
+    """A sweep executes every combination; one that is refused costs the others nothing; what was made is read back."""
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in tiny if not word.startswith(("train.steps", "model.layers"))]
+    assert main(["real", "-m", *words, "model.layers=1,2", "train.steps=4,8,0"]) == 1
+    assert "4 of 6 points are done; next: foretold analysis scaling data=runs" in capfd.readouterr().out
+    ladder = Ladder.read("runs")
+    assert len(ladder) == 4 and len(set(ladder.params)) == 2 and sorted(set(ladder.tokens)) == [4 * 8 * 32, 8 * 8 * 32]
+    assert ladder.conventions["params_count"] == "total" and "512" in ladder.conventions["tokenizer"]
+    assert main(["analysis", "scaling", "data=runs"]) == 2
+    assert "4 runs are too few" in capfd.readouterr().err
+
+
 BAD = [
     ("N,D\n1e8,1e9\n", "has no column loss or L; it has N, D; rename the one that holds the loss at the end"),
     ("N,D,loss\n1e8,1e9,3\n1e8,1e9,nan\n", "loss is nan in row 2 of 2"),
