@@ -238,6 +238,9 @@ def _data(plan: Plan, folder: Path) -> dict[str, Parameter]:
     spent = {stage: told[f"{stage}.seconds"] - seconds for stage, seconds in start.items()}
     if "extract" in spent:
         found["extract_rate"] = told.get("extract.read", told["extract.bytes"]) / max(spent["extract"], 1e-3) / busy["extract"]
+    if searched := told.get("dedup.substring_seconds", 0.0):
+        spent["dedup"] -= searched
+        found["substring_rate"] = told["dedup.read"] * (1 - told["dedup.removed_fraction"]) / searched / busy["dedup"]
     if "dedup" in spent and "extract.bytes" in told:
         found["dedup_rate"] = told.get("dedup.read", told["extract.bytes"]) / max(spent["dedup"], 1e-3) / busy["dedup"]
     if "tokens" in spent:

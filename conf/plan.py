@@ -270,12 +270,14 @@ class Data(Node):
     keep: str = say("which of near-duplicates stays: first = the smallest id; longest = the longest text", "first",
                     must=("first", "longest"))  # fmt: skip
     duplicates: float = say("expected share of documents that are duplicates", must=SHARE)
+    cut: float = say("expected share of text in passages that stand elsewhere too, where these go", 0.0, must=SHARE)
     runner: str = say("who does the tasks: local = processes of this machine; ray = a Ray cluster (RAY_ADDRESS, else one on this machine)",
                       "local", must=("local", "ray"))  # fmt: skip
     spread: float = say("expected spread of a task's time: sigma of its logarithm", 0.0, must=NOT_NEGATIVE)
     failing: float = say("expected share of tasks that fail at a random point and are done again", 0.0, must=SHARE)
     extract_rate: ByteRate = say("expected bytes of files extracted, per core", must=POSITIVE)
     dedup_rate: ByteRate = say("expected text deduplicated, per core", must=POSITIVE)
+    substring_rate: ByteRate = say("expected text searched for passages that stand elsewhere, per core", "10 MB/s", must=POSITIVE)
     source: str = say("where the expectations come from")
 
     @property

@@ -102,6 +102,7 @@ QUANTITIES: dict[str, tuple[str, str]] = {
     "removed_fraction": ("1", "share of documents removed"),
     "power": ("W", "power at the building's meter"),
     "seconds": ("s", "wall clock of the stage"),
+    "substring_seconds": ("s", "of these, finding and cutting passages that stand elsewhere too"),
     "tokenizer_seconds": ("s", "of these, training the tokenizer"),
     **{state: ("s", f"rank-seconds in state {state}") for state in STATES},
 }

@@ -154,7 +154,9 @@ class Life:
         whole = folder / "whole" if length else folder
         repeated = stage.run(folder / "repeats", dedup.repeat_tasks(hashed), config, pool, {}, lambda _: None)
         kept = stage.run(whole, dedup.keep_tasks(extracted, repeated, near), config, pool, config, self._progress("dedup"))
+        searching = time.perf_counter()
         done = substring.remove(folder, kept, length, pool, self._progress("dedup, substrings")) if length else kept
+        done.facts |= {"substring_seconds": time.perf_counter() - searching} if length else {}
         done.counters |= groups
         done.counters["shuffle_bytes"] = sum(output["bytes"] for manifest in moved for output in manifest.outputs)
         done.facts["worker_memory"] = max(part.facts["worker_memory"] for part in (*moved, *paired, repeated, kept, done))
@@ -251,7 +253,8 @@ def measured(name: str, manifest: Manifest) -> dict[str, float]:
     if name == "dedup":
         return {"seconds": seconds, "read": c["read"], "documents": c["documents"], "documents_per_s": c["documents_in"] / seconds,
                 "shuffle_bytes": c["shuffle_bytes"], "worker_memory": manifest.facts["worker_memory"],
-                "removed_fraction": c["removed"] / max(1, c["documents_in"])}  # fmt: skip
+                "removed_fraction": c["removed"] / max(1, c["documents_in"]),
+                **{name: value for name, value in manifest.facts.items() if name == "substring_seconds"}}  # fmt: skip
     count = c["train_tokens"] + c["held_out_tokens"]
     return {"seconds": seconds, "bytes": c["bytes"], "tokens": count, "tokens_per_s": count / seconds,
             "tokenizer_seconds": manifest.facts["tokenizer_seconds"], "worker_memory": manifest.facts["worker_memory"]}  # fmt: skip

@@ -4,6 +4,8 @@ What is shuffled are 32 bytes a document for the exact ones (real/dedup.py) and 
 written once and read once by whoever has their range.
 """
 
+import numpy as np
+
 from conf.plan import Data, Plan
 from sim.cluster import Course, World, per_second, pool
 from sim.extract import LIBRARIES, Corpus, hands
@@ -14,8 +16,9 @@ RANGE, SORTED = 64e6, 4.0  # most bytes of the shuffle that one worker reads, an
 
 
 def unique(text: Corpus, data: Data) -> Corpus:
-    """What is left when the expected share of duplicates is gone from every shard."""
-    return text.times(1 - data.duplicates)
+    """What is left when the expected share of duplicates is gone from every shard, and of the rest what stands elsewhere too."""
+    left = text.times(1 - data.duplicates)
+    return Corpus(np.asarray(left.shards) * (1 - data.cut), left.documents) if data.substrings else left
 
 
 def shuffled(text: Corpus, data: Data) -> float:
@@ -34,6 +37,10 @@ def dedup(world: World, text: Corpus) -> Course[dict[str, float]]:
     began, data = world.now, world.plan.data
     moved = shuffled(text, data)
     yield from pool(world, "dedup", text.seconds(world.rates.dedup_rate), text.bytes + 2 * moved, world.rates.dedup_start)
+    searching = world.now
+    if data.substrings:
+        whole = text.times(1 - data.duplicates)
+        yield from pool(world, "dedup", whole.seconds(world.rates.substring_rate), 2 * whole.bytes)
     seconds = world.now - began
     return {
         "seconds": seconds,
@@ -42,5 +49,6 @@ def dedup(world: World, text: Corpus) -> Course[dict[str, float]]:
         "documents_per_s": per_second(text.documents, seconds),
         "removed_fraction": data.duplicates,
         "shuffle_bytes": moved,
+        **({"substring_seconds": world.now - searching} if data.substrings else {}),
         **workers(text, world.plan),
     }

@@ -91,6 +91,7 @@ class Rates:
     extract_start: float  # s by which a worker's first task is longer than those behind it
     dedup_rate: float
     dedup_start: float
+    substring_rate: float
     train_rate: float
     encode_rate: float
     encode_start: float
@@ -169,6 +170,7 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         extract_start=pick("extract_start", 0.0),
         dedup_rate=pick("dedup_rate", plan.data.dedup_rate),
         dedup_start=pick("dedup_start", 0.0),
+        substring_rate=pick("substring_rate", plan.data.substring_rate),
         train_rate=pick("train_rate", plan.tokenizer.train_rate),
         encode_rate=pick("encode_rate", plan.tokenizer.encode_rate),
         encode_start=pick("encode_start", 0.0),

@@ -93,6 +93,17 @@ def test_what_a_stage_holds_and_costs_is_its_part_of_the_run():
     assert told["extract"]["cores"] == 96_000 and told["extract"]["worker_memory"] == pytest.approx(LIBRARIES + HELD * shard, rel=1e-6)
 
 
+def test_passages_that_stand_elsewhere_take_time_and_text():
+    plan = load(["experiment=fineweb", "train.steps=10", "train.warmup=1", "train.schedule=constant", "checkpoint.every=0"])
+    without, told = (live(p, 0, SECOND).told for p in (plan, plan.but(**{"data.substrings": 50, "data.cut": 0.2})))
+    whole = without["tokens"]["bytes"]
+    assert told["tokens"]["bytes"] == pytest.approx(0.8 * whole) and told["dedup"]["documents"] == without["dedup"]["documents"]
+    longer = told["dedup"]["seconds"] - without["dedup"]["seconds"]
+    cores, storage = 96_000, plan.cluster.storage_read
+    assert told["dedup"]["substring_seconds"] == pytest.approx(longer)
+    assert longer == pytest.approx(max(whole / 10e6 / cores, 2 * whole / storage), rel=0.05)
+
+
 def test_more_of_everything_takes_longer():
     plan = load(["experiment=fineweb", "train.steps=10", "train.warmup=1", "train.schedule=constant", "checkpoint.every=0"])
     usual = live(plan, 0, SECOND).told
