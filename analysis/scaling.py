@@ -231,10 +231,10 @@ def _told(best: dict[str, Any]) -> list[str]:
 
 def _amount(value: float) -> str:
     """
-    >>> _amount(73.2e9)
-    '73.2 billion'
+    >>> _amount(73.2e9), _amount(96_000)
+    ('73.2 billion', '96,000')
     """
-    size, name = next(
-        pair for pair in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1.0, "")) if value >= pair[0] or pair[0] == 1
-    )
-    return f"{value / size:.3g} {name}".strip()
+    for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value >= size:
+            return f"{value / size:.3g} {name}"
+    return f"{value:,.0f}"

@@ -250,8 +250,10 @@ def _line(row: dict[str, Any], chosen: bool) -> str:
 
 def _short(value: float) -> str:
     """
-    >>> _short(8.03e9), _short(512)
-    ('8.03 B', '512')
+    >>> _short(8.03e9), _short(512), _short(246_000)
+    ('8.03 B', '512', '246 k')
     """
-    scale, name = next(pair for pair in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1.0, "")) if value >= pair[0] or pair[0] == 1)
-    return f"{value / scale:.3g}{name}"
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {name}"
+    return f"{value:.3g}"
