@@ -277,7 +277,7 @@ class Data(Node):
     failing: float = say("expected share of tasks that fail at a random point and are done again", 0.0, must=SHARE)
     extract_rate: ByteRate = say("expected bytes of files extracted, per core", must=POSITIVE)
     dedup_rate: ByteRate = say("expected text deduplicated, per core", must=POSITIVE)
-    substring_rate: ByteRate = say("expected text searched for passages that stand elsewhere, per core", "10 MB/s", must=POSITIVE)
+    substring_rate: ByteRate = say("expected text searched for passages that stand elsewhere, per core", "17 MB/s", must=POSITIVE)
     source: str = say("where the expectations come from")
 
     @property

@@ -101,7 +101,7 @@ def test_passages_that_stand_elsewhere_take_time_and_text():
     longer = told["dedup"]["seconds"] - without["dedup"]["seconds"]
     cores, storage = 96_000, plan.cluster.storage_read
     assert told["dedup"]["substring_seconds"] == pytest.approx(longer)
-    assert longer == pytest.approx(max(whole / 10e6 / cores, 2 * whole / storage), rel=0.05)
+    assert longer == pytest.approx(max(whole / plan.data.substring_rate / cores, 2 * whole / storage), rel=0.05)
 
 
 def test_more_of_everything_takes_longer():
