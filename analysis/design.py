@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from analysis.asked import base_of, law_of, quantity
 from analysis.chinchilla import Array
 from analysis.ladder import Ladder
-from analysis.law import PER_TOKEN, optimum, predicted
+from analysis.law import PER_TOKEN, optimum, predicted, refuse_unfit
 from analysis.shapes import Shape, shapes
 from analysis.sizing import batch, learning_rate
 from conf.errors import Refused
 from conf.plan import Plan
 from conf.program import count, flag
-from conf.units import read
 
 OPTIONS = {
     "target": ("", "compute of the large run, as in 1e22 FLOP"),
@@ -53,14 +53,15 @@ class Rung(NamedTuple):
 
 def design(options: Mapping[str, str], words: Sequence[str]) -> int:
     """Print the runs as commands, with what they will tell of the target."""
-    from analysis.size import _base, _law
-
-    base = _base(words)
-    law, target = _law(options["law"], base), _target(options)
+    base = base_of(words)
+    law, target = law_of(options["law"], base), quantity(options, "target", "FLOP", 0.0)
+    if not target:
+        raise Refused("target= names no compute; say what the large run will take, as in target='1e22 FLOP'")
     noise, share = _number(options, "noise"), _number(options, "share")
     if options["data"]:
-        rungs = [_next(base, law, target, share, noise, Ladder.read(options["data"]))]
         done = Ladder.read(options["data"])
+        refuse_unfit(done)
+        rungs = [_next(base, law, target, share, noise, done)]
         at = np.stack([np.append(done.params, rungs[0].shape.params), np.append(done.tokens, rungs[0].tokens)])
     else:
         rungs = ladder(base, law, target * share, count(options, "budgets"), count(options, "sizes"))
@@ -70,15 +71,6 @@ def design(options: Mapping[str, str], words: Sequence[str]) -> int:
                      for rung in rungs]}  # fmt: skip
     print(json.dumps(told) if flag(options, "json") else table(told))
     return 0
-
-
-def _target(options: Mapping[str, str]) -> float:
-    if not options["target"]:
-        raise Refused("target= names no compute; say what the large run will take, as in target='1e22 FLOP'")
-    try:
-        return read(options["target"], "FLOP")
-    except ValueError as error:
-        raise Refused(f"target={options['target']}: {error}") from error
 
 
 def _number(options: Mapping[str, str], name: str) -> float:

@@ -40,7 +40,12 @@ class Ladder:
                       self.conventions)  # fmt: skip
 
     def without_worst(self, drop: int) -> "Ladder":
-        """Without the runs of the highest losses."""
+        """Without the runs of the highest losses.
+
+        Raises Refused where no run would be left.
+        """
+        if drop >= len(self):
+            raise Refused(f"drop={drop} leaves none of the {len(self)} runs; drop fewer")
         return self.where(np.sort(np.argsort(self.loss, kind="stable")[: len(self) - drop]))
 
     @classmethod

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.asked import quantity
 from analysis.chinchilla import NAMES, Array
 from analysis.forms import FORMS, Fitted, band, choose, fit_form
 from analysis.isoflop import isoflop
@@ -13,7 +14,6 @@ from analysis.ladder import Ladder
 from analysis.law import PER_TOKEN, Fit, fit, refuse_unfit
 from conf.errors import Refused, nearest
 from conf.program import flag
-from conf.units import read
 
 OPTIONS = {
     "data": ("", "CSV file of runs: params (or N), tokens (or D), loss; flop (or C), weight, group if there are"),
@@ -65,10 +65,7 @@ def _whole(options: Mapping[str, str], name: str) -> int:
 
 
 def _budget(text: str) -> float:
-    try:
-        return read(text, "FLOP")
-    except ValueError as error:
-        raise Refused(f"budget={text}: {error}") from error
+    return quantity({"budget": text}, "budget", "FLOP", 0.0)
 
 
 def _delta(text: str) -> float:

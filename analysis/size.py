@@ -11,17 +11,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from analysis.asked import base_of, law_of, quantity
 from analysis.chinchilla import NAMES, Array
 from analysis.served import TRAIN
 from analysis.sizing import BATCH, RATE, Limits, Run, best_mesh, candidates, learning_rate
 from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
-from conf.program import flag, load, to_yaml
-from conf.rules import meshless_problems, problems
-from conf.units import read, show
+from conf.program import flag, to_yaml
+from conf.rules import problems
+from conf.units import show
 
 OPTIONS = {
     "budget": ("", "most money, as in 2 MUSD"),
@@ -35,9 +34,6 @@ OPTIONS = {
     "json": ("false", "print one JSON object instead of a table"),
 }
 PLAN_WORDS = True  # other words are the plan's: cluster=…, gpu=…, price=…
-GPU_CLUSTER = ("data=prepared", "tokenizer=llama3", "model=llama3_8b", "train=large", "checkpoint=half_hour", "failures=llama3",
-               "power=hgx", "train.compile=true", "train.seq_len=8192")  # fmt: skip
-USUAL = (("gb200", "gb200"), ("gb300", "gb300"), ("h100", "h100_sxm"), ("b200", "b200"), ("b300", "b300"), ("a100", "a100_80"))
 MONEY = {"USD": 1.0, "kUSD": 1e3, "MUSD": 1e6, "GUSD": 1e9}
 DEEPSEEK = {"batch": (0.292, 0.3271), "rate": (0.3118, -0.125)}  # by compute (DeepSeek LLM, arXiv 2401.02954; from memory)
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the best run's time, along the frontier
@@ -47,8 +43,8 @@ ALIKE = 1e-3  # of the loss: less than a law knows
 
 def size(options: Mapping[str, str], words: Sequence[str]) -> int:
     """Foretell every size, print the best with its neighbours, and write its plan."""
-    base, limits = _base(words), _limits(options)
-    law = _law(options["law"], base)
+    base, limits = base_of(words), _limits(options)
+    law = law_of(options["law"], base)
     _refuse_open(limits, law)
     runs = [run for shape in candidates(base, law, limits) if (run := best_mesh(base, shape, law, limits))]
     if not runs:
@@ -69,21 +65,9 @@ def size(options: Mapping[str, str], words: Sequence[str]) -> int:
 
 
 def _limits(options: Mapping[str, str]) -> Limits:
-    seconds, joules = _quantity(options, "deadline", "s", math.inf), _quantity(options, "energy", "J", math.inf)
-    use, unique = _quantity(options, "inference_tokens", "token", 0.0), _quantity(options, "unique_tokens", "token", math.inf)
+    seconds, joules = quantity(options, "deadline", "s", math.inf), quantity(options, "energy", "J", math.inf)
+    use, unique = quantity(options, "inference_tokens", "token", 0.0), quantity(options, "unique_tokens", "token", math.inf)
     return Limits(_money(options["budget"]), seconds, joules, use, unique, _target(options["target_loss"]))
-
-
-def _quantity(options: Mapping[str, str], name: str, unit: str, default: float) -> float:
-    if not options[name]:
-        return default
-    try:
-        value = read(options[name], unit)
-    except ValueError as error:
-        raise Refused(f"{name}={options[name]}: {error}") from error
-    if not value > 0:
-        raise Refused(f"{name}={options[name]} must be more than 0")
-    return value
 
 
 def _money(text: str) -> float:
@@ -101,37 +85,12 @@ def _money(text: str) -> float:
 
 def _target(text: str) -> float | None:
     try:
-        return float(text) if text else None
+        value = float(text) if text else None
     except ValueError as error:
         raise Refused(f"target_loss={text} is no number; write for example target_loss=2.0") from error
-
-
-def _base(words: Sequence[str]) -> Plan:
-    """The plan with everything but its size; on a cluster of GPUs, with what large runs have in common."""
-    named = {word.partition("=")[0]: word.partition("=")[2] for word in words}
-    cluster = named.get("cluster", "laptop")
-    common = [] if cluster == "laptop" else [*GPU_CLUSTER, *([] if "gpu" in named else [f"gpu={_usual(cluster)}"])]
-    return load([*(word for word in common if word.partition("=")[0] not in named), *words], rules=meshless_problems)
-
-
-def _usual(cluster: str) -> str:
-    found = next((gpu for part, gpu in USUAL if part in cluster), None)
-    if found is None:
-        raise Refused(f"cluster={cluster} does not say its device; add gpu=…, as in gpu=h100_sxm")
-    return found
-
-
-def _law(path: str, base: Plan) -> Array:
-    if not path:
-        law = base.law if base.law.name != "none" else load(["law=chinchilla"]).law
-        return np.array([law.irreducible, law.A, law.B, law.alpha, law.beta])
-    try:
-        told = json.loads(Path(path).read_text())["parameters"]
-        return np.array([float(told[name]) for name in NAMES])
-    except FileNotFoundError as error:
-        raise Refused(f"law={path} does not exist; make it with: foretold analysis scaling data=runs.csv json=true > {path}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise Refused(f"law={path} has no parameters {', '.join(NAMES)}; it must be what analysis scaling json=true prints") from error
+    if value is not None and not math.isfinite(value):
+        raise Refused(f"target_loss={text} is no number; write for example target_loss=2.0")
+    return value
 
 
 def _refuse_open(limits: Limits, law: Array) -> None:

@@ -49,7 +49,7 @@ def pair_tasks(banded: Manifest) -> Iterator[Task]:
     """One task for each range of bands."""
     outputs = banded.paths(".npy")
     tables = [(str(banded.folder / output["path"]), output["sha256"]) for output in outputs]
-    for number, first, end in ranges(outputs):
+    for number, first, end in ranges(outputs, RANGE):
         yield Task(f"pairs-{number:05}", pair_range, (tables, first, end), tuple(output["sha256"] for output in outputs))
 
 
@@ -67,13 +67,13 @@ def repeat_tasks(hashed: Manifest) -> Iterator[Task]:
     """One task for each range of hashes."""
     outputs = hashed.paths(".npy")
     tables = [str(hashed.folder / output["path"]) for output in outputs]
-    for number, first, end in ranges(outputs):
+    for number, first, end in ranges(outputs, RANGE):
         yield Task(f"repeats-{number:05}", repeat_range, (tables, first, end), tuple(output["sha256"] for output in outputs))
 
 
-def ranges(outputs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, int]]:
-    """Ranges of hashes, each of about RANGE bytes of these tables: number, first hash, and the one behind the last."""
-    count = max(1, -(-sum(output["bytes"] for output in outputs) // RANGE))
+def ranges(outputs: Sequence[Mapping[str, Any]], size: int) -> Iterator[tuple[int, int, int]]:
+    """Ranges of hashes, each of about so many bytes of these tables: number, first hash, and the one behind the last."""
+    count = max(1, -(-sum(output["bytes"] for output in outputs) // size))
     for number in range(count):
         yield number, number * 2**64 // count, (number + 1) * 2**64 // count
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from real import stage
-from real.dedup import verified
+from real.dedup import ranges, verified
 from real.extract import Document, load, save
 from real.minhash import Hashes, between
 from real.stage import Manifest, Task
@@ -63,9 +63,7 @@ def repeat_tasks(anchored: Manifest, tables: Manifest, suffix: str) -> Iterator[
     outputs, documents = tables.paths(suffix), anchored.paths(".documents.npy")
     paths = [str(tables.folder / output["path"]) for output in outputs]
     digests = tuple(output["sha256"] for output in (*outputs, *documents))
-    ranges = max(1, -(-sum(output["bytes"] for output in outputs) // RANGE))
-    for number in range(ranges):
-        first, end = number * 2**64 // ranges, (number + 1) * 2**64 // ranges
+    for number, first, end in ranges(outputs, RANGE):
         arguments = (paths, [str(anchored.folder / output["path"]) for output in documents], first, end)
         yield Task(f"range-{number:05}", repeat_range, arguments, digests)
 

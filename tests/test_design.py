@@ -94,10 +94,13 @@ def test_it_says_commands(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("words", "line"), [
-    ([], "target= names no compute"), (["target=1e22"], "has no unit"), (["target=1e22 FLOP", "share=2"], "is no share between 0 and 1"),
+    ([], "target= names no compute"), (["target=1e22"], "has no unit"), (["target=-1 FLOP"], "must be more than 0"),
+    (["target=1e22 FLOP", "data=empty.csv"], "0 runs are too few"), (["target=1e22 FLOP", "share=2"], "is no share between 0 and 1"),
     (["target=1e10 FLOP"], "too few for a law"), (["target=1e22 FLOP", "noise=loud"], "is no share"),
 ])  # fmt: skip
-def test_bad_words_are_one_line(words, line, capsys):
+def test_bad_words_are_one_line(words, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.csv").write_text("N,D,loss\n")
     assert main(["analysis", "design", *words]) == 2
     error = capsys.readouterr().err.strip()
     assert line in error and "\n" not in error

@@ -386,7 +386,8 @@ def test_bad_tables_are_one_line(tmp_path, capsys, content, words):
 
 @pytest.mark.parametrize(("option", "words"), [
     ("budget=5e23", "has no unit; expected FLOP"), ("delta=none", "is no distance in ln loss"), ("by=size", "it is run or group"),
-    ("form=chinchila", "did you mean chinchilla?"), ("drop=-1", "is no whole number"), ("data=nowhere.csv", "does not exist"),
+    ("form=chinchila", "did you mean chinchilla?"), ("drop=-1", "is no whole number"),
+    ("drop=99", "leaves none of the 35 runs"), ("budget=0 FLOP", "must be more than 0"), ("data=nowhere.csv", "does not exist"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(tmp_path, capsys, option, words):
     path = write(tmp_path / "runs.csv", made())

@@ -81,6 +81,7 @@ BAD = [
     ([H, "deadline=1 s"], "not 100 steps, which take"),
     ([H, "target_loss=1.8"], "irreducible loss 1.817"),
     ([H, "target_loss=low"], "is no number"),
+    ([H, "target_loss=nan"], "is no number"),
     ([H, "target_loss=1.85", "deadline=10 d"], "no size reaches a loss of 1.85 within the limits"),
     ([H, "seed=1"], "nothing limits the run"),
     ([H, FIVE, "law=none.json"], "does not exist"),
