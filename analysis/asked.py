@@ -1,12 +1,15 @@
 """What a person asks of a law and of a cluster: quantities, a plan without its size, a law from a file."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from analysis.chinchilla import NAMES, Array
+from analysis.chinchilla import NAMES
+from analysis.known import Known
+from analysis.ladder import Ladder
 from conf.errors import Refused
 from conf.plan import Plan
 from conf.program import load
@@ -30,6 +33,18 @@ def quantity(options: Mapping[str, str], name: str, unit: str, default: float) -
     return value
 
 
+def share_of(options: Mapping[str, str], name: str, none: bool = False) -> float:
+    """A share above 0, or with `none` from 0 to less than 1."""
+    text = options[name]
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 <= value < 1 if none else 0 < value <= 1):
+        raise Refused(f"{name}={text} is no share between 0 and 1; write for example {name}=0.01 or {name}=1%")
+    return value
+
+
 def base_of(words: Sequence[str]) -> Plan:
     """The plan with everything but its size; on a cluster of GPUs, with what large runs have in common."""
     named = {word.partition("=")[0]: word.partition("=")[2] for word in words}
@@ -45,13 +60,19 @@ def _usual(cluster: str) -> str:
     return found
 
 
-def law_of(path: str, base: Plan) -> Array:
+def law_of(path: str, base: Plan) -> Known:
+    """A law from a fit's JSON file, or fitted here to runs (a CSV file or a folder of real's); without either the plan's, or Chinchilla's.
+
+    Raises Refused where the file is none of these.
+    """
     if not path:
         law = base.law if base.law.name != "none" else load(["law=chinchilla"]).law
-        return np.array([law.irreducible, law.A, law.B, law.alpha, law.beta])
+        return Known(np.array([law.irreducible, law.A, law.B, law.alpha, law.beta]))
+    if path.endswith(".csv") or Path(path).is_dir():
+        return Known.of(Ladder.read(path))
     try:
-        told = json.loads(Path(path).read_text())["parameters"]
-        return np.array([float(told[name]) for name in NAMES])
+        told = json.loads(Path(path).read_text())
+        return Known(np.array([float(told["parameters"][name]) for name in NAMES]), reach=float(told["range"]["flop"][1]))
     except FileNotFoundError as error:
         raise Refused(f"law={path} does not exist; make it with: foretold analysis scaling data=runs.csv json=true > {path}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -23,7 +23,7 @@ DONE = 1e-9  # length of a step
 
 
 class Points(NamedTuple):
-    """Runs: logarithms of parameters and tokens, centred, and of losses; each (n,)."""
+    """Runs: logarithms of parameters and tokens, centred, and of losses; each (n,), or losses (s, n) that differ between samples."""
 
     x: Array
     y: Array
@@ -34,6 +34,10 @@ class Points(NamedTuple):
     def of(cls, params: Array, tokens: Array, loss: Array) -> "Points":
         x, y = np.log(params), np.log(tokens)
         return cls(x - x.mean(), y - y.mean(), np.log(loss), (float(x.mean()), float(y.mean())))
+
+    def only(self, samples: Any) -> "Points":
+        """For some of the samples."""
+        return self if self.loss.ndim == 1 else self._replace(loss=self.loss[samples])
 
 
 def starts(points: Points) -> Array:
@@ -53,7 +57,8 @@ def solve(points: Points, weights: Array, theta: Array, delta: float = DELTA) ->
 
 
 def _chunks(points: Points, weights: Array, theta: Array, delta: float) -> tuple[Array, Array]:
-    parts = [_newton(points, weights[at : at + CHUNK], theta[at : at + CHUNK], delta) for at in range(0, len(theta), CHUNK)]
+    chunks = [slice(at, at + CHUNK) for at in range(0, len(theta), CHUNK)]
+    parts = [_newton(points.only(chunk), weights[chunk], theta[chunk], delta) for chunk in chunks]
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
@@ -123,10 +128,11 @@ def _newton(points: Points, weights: Array, theta: Array, delta: float) -> tuple
     damping, going = np.full(len(theta), 1e-3), np.arange(len(theta))
     state: Any = None
     for step in range(STEPS):
-        state = _State(points, weights[going], theta[going], delta)
+        now = points.only(going)
+        state = _State(now, weights[going], theta[going], delta)
         best[going] = state.objective
         move = _step(state, damping[going], step < GENTLE)
-        tried = _State(points, weights[going], theta[going] + move, delta).objective
+        tried = _State(now, weights[going], theta[going] + move, delta).objective
         better = tried <= state.objective
         theta[going[better]] += move[better]
         best[going[better]] = tried[better]

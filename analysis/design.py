@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.asked import base_of, law_of, quantity
+from analysis.asked import base_of, law_of, quantity, share_of
 from analysis.chinchilla import Array
 from analysis.ladder import Ladder
 from analysis.law import PER_TOKEN, optimum, predicted, refuse_unfit
@@ -54,10 +54,10 @@ class Rung(NamedTuple):
 def design(options: Mapping[str, str], words: Sequence[str]) -> int:
     """Print the runs as commands, with what they will tell of the target."""
     base = base_of(words)
-    law, target = law_of(options["law"], base), quantity(options, "target", "FLOP", 0.0)
+    law, target = law_of(options["law"], base).law, quantity(options, "target", "FLOP", 0.0)
     if not target:
         raise Refused("target= names no compute; say what the large run will take, as in target='1e22 FLOP'")
-    noise, share = _number(options, "noise"), _number(options, "share")
+    noise, share = share_of(options, "noise"), share_of(options, "share")
     if options["data"]:
         done = Ladder.read(options["data"])
         refuse_unfit(done)
@@ -71,17 +71,6 @@ def design(options: Mapping[str, str], words: Sequence[str]) -> int:
                      for rung in rungs]}  # fmt: skip
     print(json.dumps(told) if flag(options, "json") else table(told))
     return 0
-
-
-def _number(options: Mapping[str, str], name: str) -> float:
-    text = options[name]
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise Refused(f"{name}={text} is no share between 0 and 1; write for example {name}=0.01 or {name}=1%")
-    return value
 
 
 def ladder(base: Plan, law: Array, spend: float, budgets: int, sizes: int) -> list[Rung]:

@@ -168,16 +168,21 @@ def choose(ladder: Ladder, delta: float = DELTA) -> tuple[Fitted, dict[str, floa
     return fit_form(ladder, best, delta), errors
 
 
-def band(ladder: Ladder, found: Fitted, errors: dict[str, float], params: Array, tokens: Array) -> tuple[Array, Array]:
+def rivals(ladder: Ladder, found: Fitted, errors: dict[str, float]) -> list[Fitted]:
+    """The forms that foretold at most CLOSE times as badly, fitted to all runs."""
+    return [fit_form(ladder, name) for name, error in errors.items() if name != found.form and error <= CLOSE * errors[found.form]]
+
+
+def band(ladder: Ladder, found: Fitted, error: float, others: Sequence[Fitted], params: Array, tokens: Array) -> tuple[Array, Array]:
     """Low and high ends of a 95% band of a new run's loss.
 
     It holds the scatter of the runs around the law, the law's error on larger runs of the ladder (as a normal spread: 1.25 times the mean
-    absolute error), and beside these how far the other forms go that foretold at most CLOSE times as badly.
+    absolute error), and beside these how far its rivals go.
     """
     center = found.loss(params, tokens)
     scatter = float(np.sqrt(np.mean((found.loss(ladder.params, ladder.tokens) / ladder.loss - 1) ** 2)))
-    half = NORMAL * np.hypot(scatter, np.sqrt(np.pi / 2) * errors[found.form]) * center
-    rivals = [fit_form(ladder, name).loss(params, tokens) for name, error in errors.items() if error <= CLOSE * errors[found.form]]
-    sane = [rival for rival in rivals if (rival < 2 * center).all()]  # a form that bends too much leaves the numbers
+    half = NORMAL * np.hypot(scatter, np.sqrt(np.pi / 2) * error) * center
+    losses = [other.loss(params, tokens) for other in others]
+    sane = [loss for loss in losses if (loss < 2 * center).all()]  # a form that bends too much leaves the numbers
     low, high = np.minimum.reduce([center, *sane]), np.maximum.reduce([center, *sane])
     return low - half, high + half

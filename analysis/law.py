@@ -41,8 +41,8 @@ class Fit(NamedTuple):
         return optimum(self.parameters, flop), optimum(self.samples, flop)
 
 
-def fit(ladder: Ladder, delta: float = DELTA, bootstrap: int = 4000, by_group: bool = False, seed: int = 0) -> Fit:
-    """The law of these runs.
+def fit(ladder: Ladder, delta: float = DELTA, bootstrap: int = 4000, by: str = "run", seed: int = 0) -> Fit:
+    """The law of these runs; `by` says what the bootstrap draws: runs, groups of runs, or residuals.
 
     Raises Refused for too few of them, or without variation.
     """
@@ -52,8 +52,11 @@ def fit(ladder: Ladder, delta: float = DELTA, bootstrap: int = 4000, by_group: b
     thetas, objectives = solve(points, np.tile(ladder.weight, (len(first), 1)), first, delta)
     best = thetas[objectives.argmin()]
     bent = np.linalg.eigvalsh(chinchilla.curvature(points, ladder.weight, best, max(delta, chinchilla.SMALLEST)))
-    drawn = resampled(ladder, bootstrap, by_group, seed)
-    samples = solve(points, drawn, np.tile(best, (bootstrap, 1)), delta)[0] if bootstrap else thetas[:0]
+    miss = points.loss - np.log(predicted(parameters(best, points), ladder.params, ladder.tokens))
+    drawn, among = resampled(ladder, bootstrap, by, seed), points
+    if by == "residual":  # Efron's: the runs stay, their scatter is dealt anew
+        among = points._replace(loss=points.loss - miss + np.random.default_rng(seed).choice(miss, (bootstrap, len(miss))))
+    samples = solve(among, drawn, np.tile(best, (bootstrap, 1)), delta)[0] if bootstrap else thetas[:0]
     reached = float((objectives <= objectives.min() * (1 + BEST) + 1e-15).mean())
     return Fit(ladder, delta, parameters(best, points), float(objectives.min()), parameters(samples, points),
                reached, float(bent.max() / max(bent.min(), 1e-300)))  # fmt: skip
@@ -69,10 +72,13 @@ def refuse_unfit(ladder: Ladder) -> None:
             )
 
 
-def resampled(ladder: Ladder, count: int, by_group: bool, seed: int) -> NDArray[np.float64]:
-    """Weights (count, n) of samples drawn with replacement: of runs, or of whole groups (Cameron, Gelbach and Miller 2008)."""
+def resampled(ladder: Ladder, count: int, by: str, seed: int) -> NDArray[np.float64]:
+    """Weights (count, n) of samples drawn with replacement, of runs or
+    of whole groups (Cameron, Gelbach and Miller 2008); all alike by residuals."""
+    if by == "residual":
+        return np.tile(ladder.weight, (count, 1))
     dice = np.random.default_rng(seed)
-    _, group = np.unique(ladder.group if by_group else np.arange(len(ladder)), return_inverse=True)
+    _, group = np.unique(ladder.group if by == "group" else np.arange(len(ladder)), return_inverse=True)
     groups = int(group.max()) + 1
     return dice.multinomial(groups, np.full(groups, 1 / groups), count)[:, group] * ladder.weight
 

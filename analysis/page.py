@@ -45,6 +45,7 @@ tr.sum td { font-weight: 600; }
 .groups section { break-inside: avoid; margin-bottom: 16px; }
 .groups td { white-space: normal; overflow-wrap: break-word; }
 .short { white-space: nowrap; }
+.figures + .box { margin-top: 16px; }
 .box + p { margin-top: 0.7rem; }
 .groups tr:first-child td { border-top: 0; }
 .groups h3 { padding-top: 8px; }

@@ -31,16 +31,16 @@ STATE_COLOURS = {
     "reallocate": "#d97aa6", "load": "#b08968", "replay": "#9c4221", "paused": "#a3a3a3", "generate": "#0e9aa7", "score": "#5cc5cf",
     "logprob": "#2c7a7b", "sync": "#c2a83e", "queue": "#737373", "idle": "#b8bec8", "spares": "#5b6472",
 }  # fmt: skip
-_INK = "#010203"  # stands for the page's text colour until `_svg` replaces it
+INK = "#010203"  # stands for the page's text colour until `svg` replaces it
 _WIDTH = 4.7  # inches of 72 units: shown at half a page, 9 units of text are as large as the page's small print
 _STROKES = 54  # marks that fit side by side
 _ROUND = (1, 2, 2.5, 5, 10)
 _MOST = 400  # points that a line holds: more than its pixels
 _STYLE: Any = {
-    "svg.fonttype": "none", "text.parse_math": False, "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
+    "svg.fonttype": "none", "text.parse_math": False, "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": INK,
+    "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
     "axes.spines.right": False, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "axes.grid": True,
-    "grid.color": _INK, "grid.alpha": 0.12, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8.5,
+    "grid.color": INK, "grid.alpha": 0.12, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8.5,
 }  # fmt: skip
 
 
@@ -57,13 +57,13 @@ def loss(measured: Points, predicted: Points, held_out: Points, levels: Mapping[
             axes.plot(*_xy(held_out), "o", color=OTHER, markersize=4.5, label="held out, measured")
         for (name, value), style in zip(levels.items(), ("--", ":"), strict=False):
             said = f"{name} {value:.3g}" + (", above" if value > top else "")
-            axes.axhline(min(value, top), color=_INK, alpha=0.7, linewidth=1, linestyle=style, label=said)
+            axes.axhline(min(value, top), color=INK, alpha=0.7, linewidth=1, linestyle=style, label=said)
         axes.set_ylim(top=top)
         axes.set_ylabel("nat/token")
         _steps(axes)
-        _legend(axes)
+        legend(axes)
 
-    return _svg("loss", draw, 3.0)
+    return svg("loss", draw, 3.0)
 
 
 def step_time(measured: Points, predicted: float | None, band: tuple[float, float] | None) -> str:
@@ -83,9 +83,9 @@ def step_time(measured: Points, predicted: float | None, band: tuple[float, floa
         axes.set_ylim(0, top)
         _amounts(axes.yaxis, top, "s")
         _steps(axes)
-        _legend(axes)
+        legend(axes)
 
-    return _svg("step-time", draw, 3.0)
+    return svg("step-time", draw, 3.0)
 
 
 def shares(rows: Mapping[str, Mapping[str, float]], name: str, unit: str) -> str:
@@ -104,9 +104,9 @@ def shares(rows: Mapping[str, Mapping[str, float]], name: str, unit: str) -> str
                 left += width
         _lanes(axes, list(rows))
         _amounts(axes.xaxis, most, unit)
-        _legend(axes, columns=4, handlelength=0.9)
+        legend(axes, columns=4, handlelength=0.9)
 
-    return _svg(name, draw, 0.55 + 0.38 * len(rows) + 0.18 * ceil(len(states) / 4))
+    return svg(name, draw, 0.55 + 0.38 * len(rows) + 0.18 * ceil(len(states) / 4))
 
 
 def bars(rows: Mapping[str, tuple[float, str]], name: str, unit: str) -> str:
@@ -121,7 +121,7 @@ def bars(rows: Mapping[str, tuple[float, str]], name: str, unit: str) -> str:
         axes.set_xlim(0, 1.4 * most)
         _amounts(axes.xaxis, most, unit)
 
-    return _svg(name, draw, 0.55 + 0.38 * len(rows))
+    return svg(name, draw, 0.55 + 0.38 * len(rows))
 
 
 def timeline(spans: Spans, marks: Marks) -> str:
@@ -146,9 +146,9 @@ def timeline(spans: Spans, marks: Marks) -> str:
         _lanes(axes, lanes)
         axes.set_xlim(0, end * 1.01)
         _amounts(axes.xaxis, end, "s")
-        _legend(axes)
+        legend(axes)
 
-    return _svg("timeline", draw, 0.8 + 0.27 * len(lanes))
+    return svg("timeline", draw, 0.8 + 0.27 * len(lanes))
 
 
 def _marks(axes: Axes, times: Sequence[float], place: float, end: float, colour: str) -> None:
@@ -173,9 +173,9 @@ def power(predicted: Points, measured: Points) -> str:
         axes.set_ylim(0, 1.2 * max(value for _, value in points))
         _amounts(axes.yaxis, 1.2 * max(value for _, value in points), "W")
         _amounts(axes.xaxis, max(at for at, _ in points), "s")
-        _legend(axes)
+        legend(axes)
 
-    return _svg("power", draw, 2.6)
+    return svg("power", draw, 2.6)
 
 
 def intensity(points: Points, mean: float) -> str:
@@ -183,13 +183,13 @@ def intensity(points: Points, mean: float) -> str:
 
     def draw(axes: Axes) -> None:
         axes.plot(*_xy(_thin(points)), color=OTHER, linewidth=1.2, label="grid", drawstyle="steps-post")
-        axes.axhline(mean, color=_INK, alpha=0.7, linewidth=1, linestyle="--", label="mean of the run's energy")
+        axes.axhline(mean, color=INK, alpha=0.7, linewidth=1, linestyle="--", label="mean of the run's energy")
         axes.set_ylim(0, 1.2 * max(grams for _, grams in points))
         axes.set_ylabel("gCO2e/kWh")
         _amounts(axes.xaxis, max(at for at, _ in points), "s")
-        _legend(axes)
+        legend(axes)
 
-    return _svg("intensity", draw, 2.6)
+    return svg("intensity", draw, 2.6)
 
 
 def _on(colour: str) -> str:
@@ -204,7 +204,7 @@ def _steps(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _legend(axes: Axes, columns: int = 2, handlelength: float = 2.0) -> None:
+def legend(axes: Axes, columns: int = 2, handlelength: float = 2.0) -> None:
     """Below the axes, where it hides nothing."""
     axes.figure.legend(loc="outside lower left", ncols=columns, handlelength=handlelength, columnspacing=1.2)
 
@@ -246,7 +246,7 @@ def _xy(points: Points) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _svg(name: str, draw: Callable[[Axes], None], height: float) -> str:
+def svg(name: str, draw: Callable[[Axes], None], height: float) -> str:
     """The drawing as an inline SVG as wide as its place, with ids of its own and the page's ink and font."""
     with rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(_WIDTH, height), dpi=72, layout="constrained")
@@ -258,4 +258,4 @@ def _svg(name: str, draw: Callable[[Axes], None], height: float) -> str:
     text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{escape(name)}"', text, count=1)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return text.replace(_INK, "currentColor").strip()
+    return text.replace(INK, "currentColor").strip()

@@ -8,7 +8,8 @@ import numpy as np
 
 from analysis.asked import quantity
 from analysis.chinchilla import NAMES, Array
-from analysis.forms import FORMS, Fitted, band, choose, fit_form
+from analysis.envelope import envelope
+from analysis.forms import FORMS, Fitted, band, choose, fit_form, rivals
 from analysis.isoflop import isoflop
 from analysis.ladder import Ladder
 from analysis.law import PER_TOKEN, Fit, fit, refuse_unfit
@@ -17,7 +18,10 @@ from conf.program import flag
 
 OPTIONS = {
     "data": ("", "CSV file of runs: params (or N), tokens (or D), loss; flop (or C), weight, group if there are"),
-    "approach": ("3", "3 = the whole law; 2 = the best size of each budget, from runs of equal flop, and its power law"),
+    "approach": (
+        "3",
+        "3 = the whole law; 2 = the best size of each budget, of runs of equal flop; 1 = the same of training curves",
+    ),
     "form": (
         "chinchilla",
         "chinchilla, kaplan, coupled or farseer; auto = that which foretells the larger of these runs best from the smaller",
@@ -25,11 +29,12 @@ OPTIONS = {
     "drop": ("0", "runs of the highest losses to leave out"),
     "delta": ("1e-3", "distance in ln loss from which Huber's loss grows linearly; 1e-7 = least absolute deviations"),
     "bootstrap": ("4000", "samples of the bootstrap; 0 = none"),
-    "by": ("run", "what is drawn: run, or group (a column; without one, runs of the same params)"),
+    "by": ("run", "what is drawn: run, group (a column; without one, runs of the same params), or residual (the scatter, dealt anew)"),
     "budget": ("", "budgets to divide best, with commas, as in 5.76e23 FLOP"),
     "json": ("false", "print one JSON object instead of a table"),
 }
 BAND = (0.025, 0.975)
+LINES = 12  # budgets that are printed
 WIDE = 3.0  # a band of N* from end to end beyond which the division is not determined
 ALLOCATION = "these runs do not determine how to divide a budget: vary params and tokens against each other over a wider range"
 
@@ -40,19 +45,19 @@ def scaling(options: Mapping[str, str]) -> int:
         raise Refused("data= names no file; give a CSV file of runs with columns params, tokens, loss")
     ladder = Ladder.read(options["data"])
     drop, count = _whole(options, "drop"), _whole(options, "bootstrap")
-    if options["by"] not in ("run", "group"):
-        raise Refused(f"by={options['by']}: it is run or group")
+    if options["by"] not in ("run", "group", "residual"):
+        raise Refused(f"by={options['by']}: it is run, group or residual")
     budgets = [_budget(text.strip()) for text in options["budget"].split(",") if text.strip()]
-    if options["approach"] == "2":
-        print(second(ladder.without_worst(drop), budgets, flag(options, "json")))
+    if options["approach"] in ("1", "2"):
+        print(by_budget(options["approach"], ladder.without_worst(drop), budgets, flag(options, "json")))
         return 0
     if options["approach"] != "3":
-        raise Refused(f"approach={options['approach']}: it is 2 or 3")
+        raise Refused(f"approach={options['approach']}: it is 1, 2 or 3")
     if options["form"] != "chinchilla":
         told = other(ladder.without_worst(drop), options["form"], _delta(options["delta"]), budgets) | {"data": options["data"]}
         print(json.dumps(told) if flag(options, "json") else other_table(told))
         return 0
-    found = fit(ladder.without_worst(drop), _delta(options["delta"]), count, options["by"] == "group")
+    found = fit(ladder.without_worst(drop), _delta(options["delta"]), count, options["by"])
     told = describe(found, budgets) | {"data": options["data"], "dropped": drop, "sensitivity": sensitivity(ladder, found, budgets)}
     print(json.dumps(told) if flag(options, "json") else table(told))
     return 0
@@ -78,18 +83,27 @@ def _delta(text: str) -> float:
     return value
 
 
-def second(ladder: Ladder, budgets: list[float], as_json: bool) -> str:
+def by_budget(approach: str, ladder: Ladder, budgets: list[float], as_json: bool) -> str:
     """The best sizes of the budgets that were run, and of others by their power law."""
-    found = isoflop(ladder)
+    found = envelope(ladder) if approach == "1" else isoflop(ladder)
     ahead = [{"flop": flop, "params": found.coefficient * flop**found.exponent, "beyond_largest_run": flop / float(ladder.flop.max())}
              for flop in budgets]  # fmt: skip
     if as_json:
         curves = [dict(zip(("flop", "params", "loss"), map(float, row), strict=True)) for row in zip(*found[:3], strict=True)]
         return json.dumps(
-            {"form": "isoflop", "exponent": found.exponent, "coefficient": found.coefficient, "curves": curves, "optimum": ahead}
+            {
+                "form": "envelope" if approach == "1" else "isoflop",
+                "exponent": found.exponent,
+                "coefficient": found.coefficient,
+                "curves": curves,
+                "optimum": ahead,
+            }
         )
     lines = [f"N* = {found.coefficient:.4g} C^{found.exponent:.4f}, through the best sizes of {len(found.flop)} budgets", ""]
-    lines += [f"  {flop:8.3g} FLOP  {_amount(params):>13}  loss {loss:.4g}" for flop, params, loss in zip(*found[:3], strict=True)]
+    lines += [
+        f"  {flop:8.3g} FLOP  {_amount(params):>13}  loss {loss:.4g}"
+        for flop, params, loss in list(zip(*found[:3], strict=True))[:: max(1, len(found.flop) // LINES)]
+    ]
     rows = (
         f"{row['flop']:.3g} FLOP, {row['beyond_largest_run']:.3g} times the largest run: {_amount(row['params'])} parameters"
         for row in ahead
@@ -128,7 +142,8 @@ def _row(ladder: Ladder, one: Fitted, errors: dict[str, float], flop: float) -> 
     if best := one.optimum(flop):
         told |= {"params": best[0], "loss": best[1]}
         if errors:
-            low, high = band(ladder, one, errors, np.array([best[0]]), np.array([flop / PER_TOKEN / best[0]]))
+            at = np.array([best[0]]), np.array([flop / PER_TOKEN / best[0]])
+            low, high = band(ladder, one, errors[one.form], rivals(ladder, one, errors), *at)
             told["loss_interval"] = [float(low[0]), float(high[0])]
     return told
 

@@ -1,7 +1,7 @@
 """Sizes of a model on a cluster: each with its best mesh, what a second of it gives and costs, and what limits leave of time."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from analysis.law import predicted
 from analysis.repeated import DECAYS, worth
 from analysis.served import SERVE, TRAIN
 from analysis.shapes import Shape, shapes
+from conf.arithmetic import parameters
 from conf.plan import Plan
 from sim.expect import expected
 from sim.pace import pace
@@ -45,13 +46,18 @@ class Run:
     """A size with its best mesh, and what a second of it gives and costs."""
 
     plan: Plan
-    params: float
+    params: float  # that a token visits
     tokens_per_s: float  # that count, failures and all
     dollars_per_s: float
     watts: float
     carbon_per_s: float  # gCO2e
     mfu: float
     ettr: float
+    error: float  # standard deviation of ln of the step time that is foretold
+
+    def slowed(self, factor: float) -> "Run":
+        """The same with steps so many times as long, at the same price and power."""
+        return replace(self, tokens_per_s=self.tokens_per_s / factor)
 
     def told(self, law: Array, limits: Limits, seconds: float) -> dict[str, Any]:
         """What so many seconds of it come to."""
@@ -59,8 +65,10 @@ class Run:
         return {
             "model": self.plan.model.name,
             "params": self.params,
+            "total_params": float(parameters(self.plan.model)),
             "tokens": tokens,
-            "loss": float(predicted(law, self.params, effective(tokens, limits.unique))) if tokens > 0 else math.inf,
+            "loss": self.loss(law, limits, tokens, self.params),
+            "loss_of_total": self.loss(law, limits, tokens, float(parameters(self.plan.model))),
             "mfu": self.mfu,
             "ettr": self.ettr,
             "seconds": seconds,
@@ -72,6 +80,10 @@ class Run:
             "global_batch": self.plan.train.global_batch,
             "mesh": {name: getattr(self.plan.mesh, name) for name in TOLD},
         }
+
+    def loss(self, law: Array, limits: Limits, tokens: float, params: float) -> float:
+        """By so many of its parameters: of a mixture of experts those that a token visits are the cautious count, all of them the bold."""
+        return float(predicted(law, params, effective(tokens, limits.unique))) if tokens > 0 else math.inf
 
     def inference_dollars(self, limits: Limits) -> float:
         """2 N a token in use, at what a FLOP of training costs."""
@@ -144,7 +156,8 @@ def best_mesh(base: Plan, shape: Shape, law: Array, limits: Limits) -> Run | Non
     fast = pace(placed)
     told = expected(placed, fast)
     rate = {name: told[f"run.{name}"] / told["run.wall_clock"] for name in ("tokens", "cost", "energy", "carbon_location")}
-    return Run(placed, shape.params, rate["tokens"], rate["cost"], rate["energy"], rate["carbon_location"], fast.mfu, told["run.ettr"])
+    return Run(placed, shape.params, rate["tokens"], rate["cost"], rate["energy"], rate["carbon_location"], fast.mfu,
+               told["run.ettr"], fast.error)  # fmt: skip
 
 
 def _batch(base: Plan, shape: Shape, law: Array, limits: Limits) -> int:

@@ -3,10 +3,16 @@
 import json
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 
+from analysis.known import Known
+from analysis.ladder import Ladder
+from analysis.law import predicted
 from analysis.shapes import aspect, shapes
 from analysis.sizing import Limits, effective, tokens_for
+from conf.arithmetic import active_parameters
 from conf.program import from_yaml, load, main
 from tests.test_scaling import TRUE
 
@@ -73,6 +79,41 @@ def test_repeated_tokens():
     assert tokens_for(TRUE, 1e9, limits) == math.inf
 
 
+def test_a_users_runs_give_the_law_its_bands_and_a_page(told, tmp_path):
+    """The band of a law widens beyond its runs; the page shows what the command told."""
+    sizes, tokens = (grid.ravel() for grid in np.meshgrid(np.geomspace(1e8, 3e9, 6), np.geomspace(5e9, 1e11, 6)))
+    losses = predicted(TRUE, sizes, tokens) * np.exp(np.random.default_rng(0).normal(0, 0.003, sizes.size))
+    pd.DataFrame({"params": sizes, "tokens": tokens, "loss": losses}).to_csv(tmp_path / "runs.csv", index=False)
+    found = told("budget=1 MUSD", "law=runs.csv", "development=50%")
+    best, known = found["best"], found["known"]
+    assert known["loss"][0] < best["loss"] < known["loss"][1] and known["params"][0] <= best["params"] <= known["params"][1]
+    assert known["beyond_largest_run"] == pytest.approx(best["params"] * best["tokens"] / 3e20)
+    assert known["step"]["loss"][0] < best["loss"] < known["step"]["loss"][1]
+    assert found["project"]["cost"] == pytest.approx(2 * best["cost"])
+    law = Known.of(Ladder.read(str(tmp_path / "runs.csv")))
+    near, far = (np.subtract(*reversed(law.loss(np.array([n]), np.array([d])))) for n, d in ((1e9, 3e10), (1e11, 1e12)))
+    assert 0 < near < far
+    page = (tmp_path / "size.html").read_text()
+    assert all(name in page for name in ("What the law says beyond its runs", "Loss of each size", "Operational carbon", "dp_shard"))
+    assert page.count("<svg") == 6 and f"{best['loss']:.4f}" in page
+
+
+def test_mixtures_of_experts_and_a_base_that_exists(told, tmp_path):
+    """A mixture's law stands between its visited and all its parameters; a base that exists is trained on, at a price."""
+    like = load(["model=mixtral_8x7b"]).model
+    found = [shape for shape in shapes(like) if shape.model.hidden == 4096 and shape.model.layers == 32]
+    assert found[0].params == pytest.approx(active_parameters(like), rel=0.01) and found[0].model.moe.ffn == like.moe.ffn
+    made = told("budget=1 MUSD", "model=mixtral_8x7b", "existing=llama3_8b", "existing_tokens=15e12 token")
+    best, base = made["best"], made["existing"]
+    assert best["total_params"] > 2 * best["params"] and best["loss_of_total"] < best["loss"]
+    assert main(["sim", "plan=size.yaml", "json=true", "runs=out"]) == 0
+    law = np.array(list(made["law"].values()))
+    assert base["loss"] == pytest.approx(float(predicted(law, 8.03e9, 15e12)), rel=1e-4)
+    if base["more_tokens"]:
+        assert float(predicted(law, 8.03026e9, 15e12 + base["more_tokens"])) == pytest.approx(best["loss"], rel=1e-5)
+        assert base["cost"] == pytest.approx(base["finetune"]["cost"] * base["more_tokens"] / 1e9)
+
+
 H, FIVE = "cluster=h100_1k", "deadline=5 d"
 BAD = [
     ([H, "budget=2"], "is no amount of money"),
@@ -84,6 +125,10 @@ BAD = [
     ([H, "target_loss=nan"], "is no number"),
     ([H, "target_loss=1.85", "deadline=10 d"], "no size reaches a loss of 1.85 within the limits"),
     ([H, "seed=1"], "nothing limits the run"),
+    ([H, FIVE, "development=1"], "is no share between 0 and 1"),
+    ([H, FIVE, "existing=llama3_8b"], "existing_tokens="),
+    ([H, FIVE, "existing=lama", "existing_tokens=1e12 token"], "lama"),
+    ([H, FIVE, "law=none.csv"], "does not exist"),
     ([H, FIVE, "law=none.json"], "does not exist"),
     ([H, FIVE, "clutser=x"], "clutser"),
     (["cluster=mi300x_node", FIVE], "does not say its device"),
@@ -96,7 +141,7 @@ def test_bad_limits_are_one_line(tmp_path, monkeypatch, capsys, words, line):
     assert main(["analysis", "size", *words]) == 2
     error = capsys.readouterr().err.strip()
     assert line in error and error.count("\n") == 0
-    assert not (tmp_path / "size.yaml").exists()
+    assert not (tmp_path / "size.yaml").exists() and not (tmp_path / "size.html").exists()
 
 
 @pytest.mark.slow
