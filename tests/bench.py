@@ -4,6 +4,7 @@ python -m tests.bench prediction    ten laptop plans, each foretold before it is
 python -m tests.bench bookkeeping   the trainer against the same loop without its record
 python -m tests.bench sim           how long a prediction takes, Python's start included
 python -m tests.bench data pays     the data stages beside datatrove's, and whether cleaning pays (tests/bench_data.py, bench_pays.py)
+python -m tests.bench scaling       the bootstrap of a law beside a loop of scipy's (tests/bench_scaling.py)
 python -m tests.bench step accuracy the step model: its speed, and its errors on sources left out (tests/bench_step.py)
 """
 
@@ -312,10 +313,12 @@ if __name__ == "__main__":
     from tests.bench_data import data
     from tests.bench_life import forms, life
     from tests.bench_pays import pays
+    from tests.bench_scaling import scaling
     from tests.bench_step import accuracy, step
 
     every = {
-        bench.__name__: bench for bench in (sim, life, forms, step, accuracy, bookkeeping, trainers, saving, prediction, data, pays, gpu)
+        bench.__name__: bench
+        for bench in (sim, life, forms, step, accuracy, bookkeeping, trainers, saving, prediction, data, pays, scaling, gpu)
     }
     for name in sys.argv[1:] or [name for name in every if name != "gpu"]:
         print(f"\n== {name}")

@@ -103,7 +103,7 @@ def test_mixtures_of_experts_and_a_base_that_exists(told, tmp_path):
     like = load(["model=mixtral_8x7b"]).model
     found = [shape for shape in shapes(like) if shape.model.hidden == 4096 and shape.model.layers == 32]
     assert found[0].params == pytest.approx(active_parameters(like), rel=0.01) and found[0].model.moe.ffn == like.moe.ffn
-    made = told("budget=1 MUSD", "model=mixtral_8x7b", "existing=llama3_8b", "existing_tokens=15e12 token")
+    made = told("budget=1 MUSD", "model=mixtral_8x7b", "model.vocab=128256", "existing=llama3_8b", "existing_tokens=15e12 token")
     best, base = made["best"], made["existing"]
     assert best["total_params"] > 2 * best["params"] and best["loss_of_total"] < best["loss"]
     assert main(["sim", "plan=size.yaml", "json=true", "runs=out"]) == 0
