@@ -316,10 +316,8 @@ if __name__ == "__main__":
     from tests.bench_scaling import scaling
     from tests.bench_step import accuracy, step
 
-    every = {
-        bench.__name__: bench
-        for bench in (sim, life, forms, step, accuracy, bookkeeping, trainers, saving, prediction, data, pays, scaling, gpu)
-    }
+    benches = (sim, life, forms, step, accuracy, bookkeeping, trainers, saving, prediction, data, pays, scaling, gpu)
+    every = {bench.__name__: bench for bench in benches}
     for name in sys.argv[1:] or [name for name in every if name != "gpu"]:
         print(f"\n== {name}")
         every[name]()

@@ -1,7 +1,7 @@
 """Is a law fitted fast? `python -m tests.bench scaling`: the bootstrap beside a loop of scipy's BFGS, in one process.
 
-The loop, with gradients, is what Epoch's notebook does: each sample of the 240 points fitted from the fit of all of them. Both minimise the same sum; a
-sample counts for the loop only where it ends within 1e-6 of this project's optimum.
+The loop, with gradients, is what Epoch's notebook does: each sample of the 240 points fitted from the fit of all of them. Both minimise the
+same sum; a sample counts for the loop only where it ends within 1e-6 of this project's optimum.
 """
 
 import time
@@ -34,8 +34,8 @@ def scaling() -> None:
     theirs = np.array([minimize(value, best, (points, one), "BFGS", jac=gradient, options={"gtol": 1e-8}).fun for one in weights[:LOOPED]])
     looped = (time.process_time() - begin) / LOOPED
     reached = float((theirs * DELTA <= ours[:LOOPED] * (1 + 1e-6)).mean())
-    print(f"one fit {single:.2f} s; 4,000 samples {batched * SAMPLES:.1f} s, by the loop {looped * SAMPLES:.0f} s: {looped / batched:.1f} times "
-          f"as fast (asked: at least 10); {reached:.0%} of the loop's samples at the optimum")  # fmt: skip
+    print(f"one fit {single:.2f} s; 4,000 samples {batched * SAMPLES:.1f} s, by the loop {looped * SAMPLES:.0f} s:")
+    print(f"{looped / batched:.1f} times as fast (asked: at least 10); {reached:.0%} of the loop's samples at the optimum")
 
 
 def value(theta: np.ndarray, points: Points, weights: np.ndarray) -> float:
