@@ -98,6 +98,7 @@ def test_a_users_runs_give_the_law_its_bands_and_a_page(told, tmp_path):
     assert page.count("<svg") == 6 and f"{best['loss']:.4f}" in page
 
 
+@pytest.mark.slow
 def test_mixtures_of_experts_and_a_base_that_exists(told, tmp_path):
     """A mixture's law stands between its visited and all its parameters; a base that exists is trained on, at a price."""
     like = load(["model=mixtral_8x7b"]).model
