@@ -58,6 +58,7 @@ ALIKE = 1e-3  # of the loss: less than a law knows
 
 def size(options: Mapping[str, str], words: Sequence[str]) -> int:
     """Foretell every size, print the best with its neighbours, and write its plan."""
+    _refuse_options(options)
     base, limits = base_of(words), _limits(options)
     known, development = law_of(options["law"], base), share_of(options, "development", none=True)
     law = known.law
@@ -117,6 +118,13 @@ def _target(text: str) -> float | None:
     return value
 
 
+def _refuse_options(options: Mapping[str, str]) -> None:
+    if Path(options["out"]).suffix not in (".yaml", ".yml"):
+        raise Refused(f"out={options['out']} is no name of a plan; it ends in .yaml, and the page beside it in .html")
+    if options["existing_tokens"] and not options["existing"]:
+        raise Refused("existing_tokens= is said of no model; name it, as in existing=llama3_8b")
+
+
 def _refuse_open(limits: Limits, law: Array) -> None:
     if limits.target is None and not math.isfinite(min(limits.dollars, limits.seconds, limits.joules)):
         raise Refused("nothing limits the run; say budget='2 MUSD', deadline='60 d', energy='500 MWh' or target_loss=2.0")
@@ -165,10 +173,11 @@ def _alike(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> tuple[float,
 def _known(known: Known, rows: Sequence[dict[str, Any]], run: Run, limits: Limits, best: int) -> dict[str, Any]:
     """How sure the answer is: 95% bands over laws, what the step model's error does (80%), how far beyond the law's runs it lies."""
     sizes, tokens = (np.array([row[name] for row in rows]) for name in ("params", "tokens"))
+    worth = np.array([effective(max(many, 1.0), limits.unique) for many in tokens])
     told: dict[str, Any] = {"beyond_largest_run": TRAIN * sizes[best] * tokens[best] / known.reach if known.reach else None}
-    if bands := known.loss(sizes, np.maximum(tokens, 1.0)):
+    if bands := known.loss(sizes, worth):
         told |= {"loss": [float(end[best]) for end in bands], "losses": [list(map(float, ends)) for ends in zip(*bands, strict=True)]}
-    if limits.target is None and (ends := known.best(sizes, np.maximum(tokens, 1.0))):
+    if limits.target is None and (ends := known.best(sizes, worth)):
         told["params"] = list(ends)
     sides = [_row(run.slowed(math.exp(side * EIGHTY * run.error)), known.law, limits) for side in (-1, 1)]
     name = "loss" if limits.target is None else "cost"

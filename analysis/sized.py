@@ -108,7 +108,7 @@ def _frontier(told: dict[str, Any]) -> Iterator[Html]:
     yield tag("div", *(_figure(title, "The least loss of any size.", curves.frontier(name, [point[name] for point in points], losses,
                                (best[name], best["loss"]), {"seconds": "s", **dict(MONEY)}[name])) for name, title in names.items()),
               class_="figures")  # fmt: skip
-    head = ("Time", "Parameters", "Loss", *(f"{names[name]} of each further 1%" for name, _ in MONEY))
+    head = ("Time", "Parameters", "Loss", *(f"{title}, each 1%" for title in ("Cost", "Energy", "Carbon")))
     rows = [(show(point["seconds"], "s"), short(point["params"]), f"{point['loss']:.4f}",
              *(show(point[f"{name}_per_percent"], unit) for name, unit in MONEY)) for point in points]  # fmt: skip
     yield listed(head, rows)

@@ -104,15 +104,14 @@ def test_mixtures_of_experts_and_a_base_that_exists(told, tmp_path):
     like = load(["model=mixtral_8x7b"]).model
     found = [shape for shape in shapes(like) if shape.model.hidden == 4096 and shape.model.layers == 32]
     assert found[0].params == pytest.approx(active_parameters(like), rel=0.01) and found[0].model.moe.ffn == like.moe.ffn
-    made = told("budget=1 MUSD", "model=mixtral_8x7b", "model.vocab=128256", "existing=llama3_8b", "existing_tokens=15e12 token")
+    made = told("budget=1 MUSD", "model=mixtral_8x7b", "model.vocab=128256", "existing=llama3_70b", "existing_tokens=1e11 token")
     best, base = made["best"], made["existing"]
     assert best["total_params"] > 2 * best["params"] and best["loss_of_total"] < best["loss"]
     assert main(["sim", "plan=size.yaml", "json=true", "runs=out"]) == 0
     law = np.array(list(made["law"].values()))
-    assert base["loss"] == pytest.approx(float(predicted(law, 8.03e9, 15e12)), rel=1e-4)
-    if base["more_tokens"]:
-        assert float(predicted(law, 8.03026e9, 15e12 + base["more_tokens"])) == pytest.approx(best["loss"], rel=1e-5)
-        assert base["cost"] == pytest.approx(base["finetune"]["cost"] * base["more_tokens"] / 1e9)
+    assert base["loss"] == pytest.approx(float(predicted(law, 70.55e9, 1e11)), rel=1e-4)
+    assert float(predicted(law, 70.55e9, 1e11 + base["more_tokens"])) == pytest.approx(best["loss"], rel=1e-4)
+    assert base["cost"] == pytest.approx(base["finetune"]["cost"] * base["more_tokens"] / 1e9)
 
 
 H, FIVE = "cluster=h100_1k", "deadline=5 d"
@@ -127,6 +126,8 @@ BAD = [
     ([H, "target_loss=1.85", "deadline=10 d"], "no size reaches a loss of 1.85 within the limits"),
     ([H, "seed=1"], "nothing limits the run"),
     ([H, FIVE, "development=1"], "is no share between 0 and 1"),
+    ([H, FIVE, "out=page.html"], "it ends in .yaml"),
+    ([H, FIVE, "existing_tokens=1e12 token"], "is said of no model"),
     ([H, FIVE, "existing=llama3_8b"], "existing_tokens="),
     ([H, FIVE, "existing=lama", "existing_tokens=1e12 token"], "lama"),
     ([H, FIVE, "law=none.csv"], "does not exist"),
