@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.chinchilla import Array
-from analysis.forms import CUTS, FORMS, Fitted, backtest, band, fit_form, rivals
+from analysis.contest import CUTS, backtest, band, rivals
+from analysis.forms import FORMS, Fitted, fit_form
 from analysis.ladder import Ladder
 from analysis.law import fit, predicted
 

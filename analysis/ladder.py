@@ -1,6 +1,6 @@
 """Runs of different sizes as a scaling law is fitted to them: a table of parameters, tokens and losses, and what these count."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +8,24 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from conf.arithmetic import active_parameters, parameters, table_parameters
 from conf.errors import Refused
 from conf.plan import Plan
 from conf.program import from_yaml
 from conf.record import read_summary
 
 COLUMNS = {"params": ("params", "N"), "tokens": ("tokens", "D"), "loss": ("loss", "L"), "flop": ("flop", "C"),
-           "weight": ("weight",), "group": ("group",)}  # fmt: skip
+           "weight": ("weight",), "group": ("group",), "total": ("total_params",), "unique": ("unique_tokens", "U")}  # fmt: skip
 CONVENTIONS = {"params_count": "which parameters are counted (total, or without embeddings)", "loss_unit": "nat or bit, a token or a byte",
                "tokenizer": "the tokenizer"}  # fmt: skip
+OTHER_COUNTS = ("params_no_embed", "params_with_embed", "params_total")  # a convention moves an exponent more than any detail of a fit
 NEEDED = ("params", "tokens", "loss")
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Runs, each with its parameters N, tokens D, loss, compute C [FLOP], weight and group; arrays (n,)."""
+    """Runs, each with its parameters N (active), tokens D, loss, compute C [FLOP], weight, group, all parameters (of a mixture's experts
+    too) and unique tokens; arrays (n,). `counts` are other countings of N that were given, by column."""
 
     params: NDArray[np.float64]
     tokens: NDArray[np.float64]
@@ -30,14 +33,17 @@ class Ladder:
     flop: NDArray[np.float64]
     weight: NDArray[np.float64]
     group: NDArray[Any]
+    total: NDArray[np.float64]
+    unique: NDArray[np.float64]
+    counts: dict[str, NDArray[np.float64]]
     conventions: dict[str, str]
 
     def __len__(self) -> int:
         return len(self.loss)
 
     def where(self, keep: NDArray[Any]) -> "Ladder":
-        return Ladder(self.params[keep], self.tokens[keep], self.loss[keep], self.flop[keep], self.weight[keep], self.group[keep],
-                      self.conventions)  # fmt: skip
+        kept = {name: values[keep] for name, values in vars(self).items() if isinstance(values, np.ndarray)}
+        return replace(self, **kept, counts={name: values[keep] for name, values in self.counts.items()})
 
     def without_worst(self, drop: int) -> "Ladder":
         """Without the runs of the highest losses.
@@ -80,7 +86,15 @@ class Ladder:
         weight = numbers.get("weight", np.ones(len(frame)))
         group = frame[names["group"]].to_numpy() if names["group"] else numbers["params"]
         counted = {"flop": "as given" if "flop" in numbers else "6 N D"}
-        return cls(numbers["params"], numbers["tokens"], numbers["loss"], flop, weight, group, counted | _conventions(frame, name))
+        params, tokens = numbers["params"], numbers["tokens"]
+        total, unique = numbers.get("total", params), np.minimum(tokens, numbers.get("unique", tokens))
+        if (total < params).any():
+            row = int(np.argmax(total < params))
+            raise Refused(
+                f"data={name}: total_params {total[row]:g} is less than params {params[row]:g} in row {row + 1}; all are at least those"
+            )
+        counts = {column: _numbers(frame, column, name) for column in OTHER_COUNTS if column in frame.columns}
+        return cls(params, tokens, numbers["loss"], flop, weight, group, total, unique, counts, counted | _conventions(frame, name))
 
 
 def executed(runs: Path) -> pd.DataFrame:
@@ -93,8 +107,15 @@ def executed(runs: Path) -> pd.DataFrame:
         told, plan = read_summary(folder), from_yaml(folder / "plan.yaml")
         values = {name: quantity["value"] for name, quantity in told["quantities"].items()} if told else {}
         if {"pretrain.final_loss", "pretrain.parameters", "run.tokens"} <= set(values) and values["run.tokens"] >= _whole(plan):
-            counted = {"params_count": "total", "loss_unit": "nat a token", "tokenizer": f"{plan.tokenizer.name} of {plan.tokenizer.vocab}"}
-            sizes = {"params": values["pretrain.parameters"], "tokens": values["run.tokens"], "loss": values["pretrain.final_loss"]}
+            idle = parameters(plan.model) - active_parameters(plan.model)
+            visited = values["pretrain.parameters"] - idle
+            counted = {
+                "params_count": "all that a token visits",
+                "loss_unit": "nat a token",
+                "tokenizer": f"{plan.tokenizer.name} of {plan.tokenizer.vocab}",
+            }
+            sizes = {"params": visited, "total_params": visited + idle, "params_no_embed": visited - table_parameters(plan.model),
+                     "tokens": values["run.tokens"], "loss": values["pretrain.final_loss"]}  # fmt: skip
             rows.append(sizes | counted)
     if not rows:
         raise Refused(f"data={runs} holds no finished run with a held-out loss; make some, as with: foretold real -m model.layers=2,4,8")

@@ -92,12 +92,13 @@ def predicted(fitted: Array, params: Any, tokens: Any) -> Array:
     return np.asarray(E + A / params**alpha + B / tokens**beta)
 
 
-def optimum(fitted: Array, flop: float) -> Optimum:
-    """N* = G (C/6)^(beta/(alpha+beta)), D* = C / 6 N*, G = (alpha A / beta B)^(1/(alpha+beta)) (Hoffmann et al. 2022, equation 4).
+def optimum(fitted: Array, flop: float, per_token: float = PER_TOKEN) -> Optimum:
+    """N* = G (C/k)^(beta/(alpha+beta)), D* = C / k N*, k = 6 FLOP a parameter and token, G = (alpha A / beta B)^(1/(alpha+beta))
+    (Hoffmann et al. 2022, equation 4).
 
     Not a number where an exponent is not positive: there more is always better.
     """
     _, A, B, alpha, beta = np.moveaxis(np.where((fitted > 0).all(-1, keepdims=True), fitted, np.nan), -1, 0)
-    params = (alpha * A / (beta * B)) ** (1 / (alpha + beta)) * (flop / PER_TOKEN) ** (beta / (alpha + beta))
-    tokens = flop / PER_TOKEN / params
+    params = (alpha * A / (beta * B)) ** (1 / (alpha + beta)) * (flop / per_token) ** (beta / (alpha + beta))
+    tokens = flop / per_token / params
     return Optimum(np.asarray(params), np.asarray(tokens), predicted(fitted, params, tokens))

@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from analysis.asked import quantity
 from analysis.chinchilla import NAMES, Array
+from analysis.contest import band, choose, rivals
 from analysis.envelope import envelope
-from analysis.forms import FORMS, Fitted, band, choose, fit_form, rivals
+from analysis.forms import FORMS, Fitted, fit_form, ridge
 from analysis.isoflop import isoflop
 from analysis.ladder import Ladder
-from analysis.law import PER_TOKEN, Fit, fit, refuse_unfit
+from analysis.law import PER_TOKEN, Fit, fit, optimum, refuse_unfit
 from conf.errors import Refused, nearest
 from conf.program import flag
 
@@ -24,7 +26,7 @@ OPTIONS = {
     ),
     "form": (
         "chinchilla",
-        "chinchilla, kaplan, coupled or farseer; auto = that which foretells the larger of these runs best from the smaller",
+        f"{', '.join(FORMS)}; auto = that which foretells the larger of these runs best from the smaller",
     ),
     "drop": ("0", "runs of the highest losses to leave out"),
     "delta": ("1e-3", "distance in ln loss from which Huber's loss grows linearly; 1e-7 = least absolute deviations"),
@@ -35,6 +37,7 @@ OPTIONS = {
 }
 BAND = (0.025, 0.975)
 LINES = 12  # budgets that are printed
+SAME = 0.01  # countings of FLOP that differ by less are one
 WIDE = 3.0  # a band of N* from end to end beyond which the division is not determined
 ALLOCATION = "these runs do not determine how to divide a budget: vary params and tokens against each other over a wider range"
 
@@ -58,7 +61,12 @@ def scaling(options: Mapping[str, str]) -> int:
         print(json.dumps(told) if flag(options, "json") else other_table(told))
         return 0
     found = fit(ladder.without_worst(drop), _delta(options["delta"]), count, options["by"])
-    told = describe(found, budgets) | {"data": options["data"], "dropped": drop, "sensitivity": sensitivity(ladder, found, budgets)}
+    told = describe(found, budgets) | {
+        "data": options["data"],
+        "dropped": drop,
+        "sensitivity": sensitivity(ladder, found, budgets),
+        "counting": counting(found, budgets),
+    }
     print(json.dumps(told) if flag(options, "json") else table(told))
     return 0
 
@@ -125,6 +133,7 @@ def other(ladder: Ladder, form: str, delta: float, budgets: list[float]) -> dict
         "centre": {"ln_params": found.means[0], "ln_tokens": found.means[1]},
         "objective": found.objective,
         "backtest_error": errors,
+        "ridge": [dict(zip(("R_D", "R_N", "objective"), row, strict=True)) for row in ridge(ladder, delta)] if form == "repeated" else [],
         "optimum": [_row(ladder, one, errors if one is found else {}, flop) for flop in budgets for one in forms],
         "conventions": ladder.conventions,
     }
@@ -155,6 +164,8 @@ def other_table(told: dict[str, Any]) -> str:
     lines += [f"  {name:6} {value:12.6g}" for name, value in told["parameters"].items()] + [""]
     lines += ["mean error of the larger runs, foretold from the smaller"] if errors else []
     lines += [f"  {name:10} {error:7.2%}" for name, error in sorted(errors.items(), key=lambda pair: pair[1])]
+    lines += ["tokens that come again: pairs that fit, R_D* and the R_N* best with it"] if told["ridge"] else []
+    lines += [f"  {row['R_D']:6.4g} {row['R_N']:10.3g}   objective {row['objective']:.4g}" for row in told["ridge"]]
     for row in told["optimum"]:
         size = f"{_amount(row['params'])} parameters, loss {row['loss']:.4g}" if row["params"] else "no best size within six decades"
         ends = "{:.4g} … {:.4g}".format(*row["loss_interval"]) if "loss_interval" in row else ""
@@ -213,6 +224,21 @@ def sensitivity(ladder: Ladder, found: Fit, budgets: list[float]) -> list[dict[s
              "beta": float(one.parameters[4])} for drop, delta, one in fits]  # fmt: skip
 
 
+def counting(found: Fit, budgets: list[float]) -> list[dict[str, Any]]:
+    """The best division of the largest budget as other countings of parameters, or of FLOP, have it: one row a convention known here."""
+    ladder, budget = found.ladder, max(budgets, default=float(found.ladder.flop.max()))
+    told = [("params, 6 FLOP each a token", found.parameters, PER_TOKEN)]
+    told += [(f"{column}, 6 FLOP each a token", fit(replace(ladder, params=counted), found.delta, 0).parameters, PER_TOKEN)
+             for column, counted in ladder.counts.items()]  # fmt: skip
+    each = float(np.exp(np.log(ladder.flop / ladder.params / ladder.tokens).mean()))
+    told += (
+        [(f"params, {each:.3g} FLOP each a token, as these runs say", found.parameters, each)] if abs(each / PER_TOKEN - 1) > SAME else []
+    )
+    bests = [optimum(law, budget, each_token) for _, law, each_token in told]
+    return [{"counted": name, "params": float(best.params), "tokens": float(best.tokens),
+             "exponent": float(law[4] / (law[3] + law[4]))} for (name, law, _), best in zip(told, bests, strict=True)]  # fmt: skip
+
+
 def table(told: dict[str, Any]) -> str:
     """The same for people."""
     lines = [f"{told['form']} form, L = E + A / N^alpha + B / D^beta, on {told['runs']} runs of {told['data']}"
@@ -224,6 +250,10 @@ def table(told: dict[str, Any]) -> str:
         lines += ["", *_told(best)]
     lines += ["", "N* as runs are dropped and delta changes"]
     lines += [f"  {row['dropped']:3} dropped, delta {row['delta']:<7g} {_amount(row['params']):>10}" for row in told["sensitivity"]]
+    if len(told["counting"]) > 1:
+        lines += ["", "the best division, as counted otherwise"]
+        lines += [f"  {_amount(row['params']):>12} on {_amount(row['tokens'])} tokens, N* as C^{row['exponent']:.3f}   {row['counted']}"
+                  for row in told["counting"]]  # fmt: skip
     fine, kept = told["diagnostics"], told["conventions"]
     lines += [
         "",

@@ -89,6 +89,11 @@ def embedding_parameters(model: Any) -> Any:
     return model.vocab * model.hidden
 
 
+def table_parameters(model: Any) -> Any:
+    """Embedding, learned positions, and the head unless it is tied."""
+    return (2 - 1 * model.tied) * embedding_parameters(model) + model.position_rows * model.hidden
+
+
 def extra_parameters(model: Any) -> Any:
     """Blocks that predict one more token each: their norms, the projection of [h, 2 h] and a block (DeepSeek-V3, equations 21 to 23);
     embedding and head are the model's own."""
@@ -102,8 +107,8 @@ def parameters(model: Any) -> Any:
     >>> parameters(load(["model=llama3_8b"]).model) / 1e9
     8.030261248
     """
-    tables = (2 - 1 * model.tied) * embedding_parameters(model) + model.position_rows * model.hidden + extra_parameters(model)
-    return layers_parameters(model) + routed_parameters(model) + (1 + 1 * model.layer_norm) * model.hidden + tables
+    rest = table_parameters(model) + extra_parameters(model)
+    return layers_parameters(model) + routed_parameters(model) + (1 + 1 * model.layer_norm) * model.hidden + rest
 
 
 def active_parameters(model: Any) -> Any:

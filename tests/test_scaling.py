@@ -11,8 +11,9 @@ from scipy.optimize import minimize
 
 from analysis import chinchilla
 from analysis.chinchilla import Points, parameters, solve, starts
+from analysis.contest import band, choose, rivals
 from analysis.envelope import envelope
-from analysis.forms import FORMS, band, choose, fit_form, rivals
+from analysis.forms import FORMS, fit_form, ridge
 from analysis.isoflop import isoflop, minimum
 from analysis.ladder import Ladder
 from analysis.law import fit, optimum, predicted
@@ -120,6 +121,87 @@ def test_other_forms_are_recovered(form):
     assert theta["gamma"] == pytest.approx(0.6, rel=1e-4) and np.exp(theta["e"]) == pytest.approx(1.7, rel=1e-5)
     np.testing.assert_allclose(found.loss(params * 10, tokens * 10), 1.7 + (0.9 * (params / 1e8) ** -0.5
                                + 0.8 * (tokens / 2e9) ** -beta) ** 0.6, rtol=1e-5)  # fmt: skip
+
+
+def grid_of(loss, **columns) -> Ladder:
+    return Ladder.of(pd.DataFrame({"N": WIDE[0], "D": WIDE[1], "loss": loss, **columns}))
+
+
+WIDE = [grid.ravel() for grid in np.meshgrid(np.geomspace(1e8, 1e10, 7), np.geomspace(2e9, 2e11, 6))]
+
+
+def test_one_exponent_is_the_law_of_over_training():
+    """Gadre et al. 2024, equation 4, in their own terms: E + (a M^eta + b M^-eta) C^-eta."""
+    ratio, flop = WIDE[1] / WIDE[0], 6 * WIDE[0] * WIDE[1]
+    found = fit_form(grid_of(1.6 + (400 * ratio**0.12 + 500 * ratio**-0.12) * flop**-0.12), "tied")
+    assert found.theta[3] == pytest.approx(2 * 0.12, rel=1e-5) and np.exp(found.theta[2]) == pytest.approx(1.6, rel=1e-5)
+
+
+def test_experts_not_visited_count_in_part():
+    total = WIDE[0] * np.array([1, 4, 16])[np.arange(42) % 3]
+    loss = 1.7 + 0.9 * (WIDE[0] / 1e9) ** -0.35 * (total / WIDE[0]) ** -0.1 + 0.8 * (WIDE[1] / 2e10) ** -0.3
+    ladder = grid_of(loss, total_params=total)
+    found = fit_form(ladder, "mixture")
+    np.testing.assert_allclose(found.theta[3:], [0.35, 0.3, 0.1], rtol=1e-4)
+    np.testing.assert_allclose(found.of(ladder), loss, rtol=1e-6)
+    assert (found.loss(*WIDE) >= loss - 1e-9).all()  # without spare experts the loss is higher
+
+
+def test_what_repeated_tokens_are_worth_is_found():
+    """Muennighoff's law with his own constants, of sixty runs on one to fifty passes."""
+    dice = np.random.default_rng(0)
+    params, unique = dice.uniform(1e8, 8e9, 60), dice.uniform(1e9, 3e10, 60)
+    tokens = unique * dice.choice([1, 2, 4, 8, 16, 50], 60)
+    frame = pd.DataFrame({"N": params, "D": tokens, "unique_tokens": unique, "loss": Repeated().loss(params, tokens, unique)})
+    found = fit_form(Ladder.of(frame), "repeated")
+    np.testing.assert_allclose(np.exp(found.theta[4:]), [Repeated().tokens_decay, Repeated().params_decay], rtol=1e-3)
+    np.testing.assert_allclose(found.loss(params, tokens, unique=unique), frame["loss"], rtol=1e-6)
+
+
+@needs_shared
+def test_muennighoffs_ridge():
+    """With his law held, pairs (R_D*, R_N*) from (47, 2.33) on fit his 182 runs better than the published (15.4, 5.31)."""
+    ladder = Ladder.read(str(DATA / "muennighoff_fit182.csv"))
+    law, x, y = Repeated(), np.log(ladder.params).mean(), np.log(ladder.tokens).mean()
+    held = {"a": np.log(law.A) - law.alpha * x, "b": np.log(law.B) - law.alpha * y, "e": np.log(law.E), "alpha": law.alpha}
+    rows = {row[0]: row[1:] for row in ridge(ladder, held=held)}
+    assert rows[16.0][0] == pytest.approx(5.19, abs=0.01) and rows[16.0][1] == pytest.approx(0.015828, abs=1e-6)
+    assert rows[128.0][1] < rows[64.0][1] < rows[32.0][1] < rows[16.0][1] < rows[8.0][1]
+
+
+@needs_shared
+@pytest.mark.parametrize(("data", "worst"), [("rpj", 0.005), ("rw_original", 0.01), ("c4_original", 0.06)])
+def test_over_trained_runs_are_foretold_by_one_exponent(data, worst):
+    """Gadre's 1.4 billion (over-trained) and 6.9 billion from runs of up to 411 million parameters: better than by two exponents."""
+    frame = pd.read_csv(DATA / "gadre_overtraining.csv").rename(columns={"loss_c4_val": "loss"})
+    frame = frame[frame["train_set"] == data]
+    small, large = (Ladder.of(part.reset_index(drop=True)) for part in (frame[frame["params"] < 4.5e8], frame[frame["params"] > 4.5e8]))
+    errors = {form: np.abs(fit_form(small, form).of(large) / large.loss - 1).max() for form in ("tied", "chinchilla")}
+    assert errors["tied"] < worst and errors["tied"] < errors["chinchilla"]
+
+
+@needs_shared
+def test_routed_models_are_foretold_by_their_experts():
+    """Clark's 1.3 billion with 1 to 512 experts from up to 368 million, trained on as many tokens (so without a term of tokens)."""
+    frame = pd.read_csv(DATA / "scalebench_moe_scaling_law.csv")
+    frame = pd.DataFrame({"params": frame["dense_parameter_count"], "tokens": 130e9 * (1 + 1e-6 * (np.arange(len(frame)) % 3)),
+                          "total_params": frame["dense_parameter_count"] * frame["num_experts"], "loss": frame["loss_validation"],
+                          "split": frame["split"]})  # fmt: skip
+    small, large = (Ladder.of(frame[frame["split"] == name].reset_index(drop=True)) for name in ("train", "test"))
+    found = fit_form(small, "mixture", held={"b": -50.0, "beta": 1.0})
+    assert len(large) == 28 and np.abs(found.of(large) / large.loss - 1).mean() < 0.015
+
+
+def test_other_countings_are_told(tmp_path, capsys):
+    """Embeddings and the FLOP of the runs themselves, where columns hold them, beside the division that 6 N D gives."""
+    ladder = made(noise=0.001)
+    frame = pd.DataFrame({"params": ladder.params, "tokens": ladder.tokens, "loss": ladder.loss})
+    frame["params_no_embed"], frame["flop"] = ladder.params - 60 * ladder.params**0.66, 7.2 * ladder.params * ladder.tokens
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    assert main(["analysis", "scaling", f"data={tmp_path / 'runs.csv'}", "bootstrap=0", "budget=1e22 FLOP", "json=true"]) == 0
+    own, without, theirs = json.loads(capsys.readouterr().out)["counting"]
+    assert theirs["params"] * theirs["tokens"] * 7.2 == pytest.approx(1e22) and theirs["exponent"] == own["exponent"]
+    assert without["counted"].startswith("params_no_embed") and without["exponent"] > own["exponent"]
 
 
 def test_the_search_finds_the_closed_form():
@@ -385,8 +467,9 @@ def test_runs_that_real_made_are_a_ladder(tmp_path, monkeypatch, tiny, capfd):
     assert main(["real", "-m", *words, "model.layers=1,2", "train.steps=4,8,0"]) == 1
     assert "4 of 6 points are done; next: foretold analysis scaling data=runs" in capfd.readouterr().out
     ladder = Ladder.read("runs")
+    assert (ladder.counts["params_no_embed"] < ladder.params - 512 * 2).all() and (ladder.total == ladder.params).all()
     assert len(ladder) == 4 and len(set(ladder.params)) == 2 and sorted(set(ladder.tokens)) == [4 * 8 * 32, 8 * 8 * 32]
-    assert ladder.conventions["params_count"] == "total" and "512" in ladder.conventions["tokenizer"]
+    assert ladder.conventions["params_count"] == "all that a token visits" and "512" in ladder.conventions["tokenizer"]
     assert main(["analysis", "scaling", "data=runs"]) == 2
     assert "4 runs are too few" in capfd.readouterr().err
 
@@ -397,6 +480,7 @@ BAD = [
     ("N,D,loss\n1e8,1e9,-3\n", "loss is -3 in row 1 of 1; a positive number is needed"),
     ("N,D,loss\n1e8,1e9,3\n2e8,1e9,2.9\n", "2 runs are too few: the form has 5 parameters and needs at least 6 runs"),
     ("N,D,loss\n" + "1e8,1e9,3\n" * 8, "params takes 1 values in these runs"),
+    ("N,D,loss,total_params\n1e8,1e9,3,1e7\n", "total_params 1e+07 is less than params 1e+08 in row 1"),
     ("N,D,loss,loss_unit\n1e8,1e9,3,nat\n1e8,1e9,3,bit\n", "mixes loss_unit: bit, nat; nat or bit, a token or a byte must be the same"),
 ]
 
@@ -412,7 +496,8 @@ def test_bad_tables_are_one_line(tmp_path, capsys, content, words):
 
 @pytest.mark.parametrize(("option", "words"), [
     ("budget=5e23", "has no unit; expected FLOP"), ("delta=none", "is no distance in ln loss"), ("by=size", "it is run, group or residual"),
-    ("form=chinchila", "did you mean chinchilla?"), ("drop=-1", "is no whole number"),
+    ("form=chinchila", "did you mean chinchilla?"), ("form=mixture", "need a column total_params that differs"),
+    ("form=repeated", "need a column unique_tokens with fewer than tokens"), ("drop=-1", "is no whole number"),
     ("drop=99", "leaves none of the 35 runs"), ("budget=0 FLOP", "must be more than 0"), ("data=nowhere.csv", "does not exist"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(tmp_path, capsys, option, words):
