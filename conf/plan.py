@@ -585,6 +585,32 @@ class Law(Node):
 
 
 @dataclass(kw_only=True)
+class Finetune(Node):
+    """Supervised fine-tuning of the model that pre-training, or `start`, leaves; with method none the stage is off."""
+
+    method: str = say("none = no fine-tuning; full = every parameter; lora = adapters on a frozen base", must=("none", "full", "lora"))
+    data: Optional[str] = say(
+        "JSON Lines file of conversations: messages of role and content, prompt and completion, or question and answer"
+    )
+    template: str = say("how a conversation becomes text: plain, chatml, llama3, or a file of a Jinja chat template")
+    held_out: float = say("share of conversations kept for evaluation", must=SHARE)
+    steps: int = say("optimizer steps", must=POSITIVE)
+    seq_len: int = say("tokens of a sequence that conversations are packed into; longer ones are cut", must=POSITIVE)
+    global_batch: int = say("sequences of a step", must=POSITIVE)
+    micro_batch: int = say("sequences a rank works on at once", must=POSITIVE)
+    learning_rate: float = say("highest learning rate", must=POSITIVE)
+    warmup: int = say("steps until it is reached", must=NOT_NEGATIVE)
+    rank: int = say("rank r of the adapters", must=POSITIVE)
+    alpha: float = say("adapters are scaled by alpha / rank", must=POSITIVE)
+    targets: list[str] = say("matrices of every block that get adapters, by their names, as in [q_proj,v_proj]")
+    source: str = say("where the numbers come from")
+
+    @property
+    def adapters(self) -> bool:
+        return self.method == "lora"
+
+
+@dataclass(kw_only=True)
 class Fact(Node):
     """What a publication reports of a run."""
 
@@ -611,6 +637,7 @@ class Plan(Node):
     grid: Grid = say("carbon and water", Grid)
     price: Price = say("money", Price)
     law: Law = say("the scaling law", Law)
+    finetune: Finetune = say("the fine-tuning", Finetune)
     published: dict[str, Fact] = say("published values of the run's quantities; no part of the id", dict)
 
     @property
@@ -667,6 +694,15 @@ class Plan(Node):
         step, rest = divmod(samples - self._warming[-1], self.train.global_batch)
         return None if rest else len(self._warming) - 1 + step
 
+    @cached_property
+    def tuned(self) -> "Plan":
+        """The plan whose training is this one's fine-tuning: its own steps, batch and rate on whole conversations, and the same mesh."""
+        own = ("steps", "seq_len", "global_batch", "micro_batch", "learning_rate", "warmup")
+        fixed = {"packing": "best_fit", "document_mask": True, "first_batch": None, "stop_after": None}
+        train = dataclasses.replace(self.train, **{name: getattr(self.finetune, name) for name in own}, **fixed)
+        data, failures = dataclasses.replace(self.data, mixture=[]), dataclasses.replace(self.failures, script=[])
+        return dataclasses.replace(self, train=train, data=data, failures=failures)
+
     @property
     def tokens_per_step(self) -> int:
         return self.train.global_batch * self.train.seq_len
@@ -678,6 +714,8 @@ class Plan(Node):
         del values["published"]
         if not self.crawl.seeds:
             del values["crawl"]  # what is off changes nothing
+        if self.finetune.method == "none":
+            del values["finetune"]
         values["profile"] = digest(Path(self.profile)) if self.profile else None
         values["grid"]["hourly"] = digest(Path(self.grid.hourly)) if self.grid.hourly else None
         text = json.dumps(values, sort_keys=True)

@@ -242,13 +242,13 @@ def _typed() -> Any:
     return schema
 
 
-_PATHS = ("data.path", "profile", "grid.hourly")
+_PATHS = ("data.path", "profile", "grid.hourly", "finetune.data", "finetune.template")
 
 
 def _quoted(arg: str) -> str:
     """Paths may hold commas, blanks and equals signs, which Hydra's grammar would read as its own."""
     name, equals, value = arg.partition("=")
-    plain = name.lstrip("+") in _PATHS and value not in ("null", "python", "crawl")
+    plain = name.lstrip("+") in _PATHS and value not in ("null", "python", "crawl", "plain", "chatml", "llama3")
     if equals and plain and value[:1] not in "'\"":
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"{name}='{escaped}'"

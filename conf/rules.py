@@ -1,5 +1,6 @@
 """What must hold for a plan as a whole; every broken rule is one line with its cure."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -25,7 +26,7 @@ def get(plan: Any, key: str) -> Any:
 
 def problems(plan: Plan) -> list[str]:
     """Every rule that the plan breaks, one line each: key and value, rule, cure."""
-    return [*meshless_problems(plan), *_pipeline(plan), *_experts(plan), *_mesh(plan), *_replicas(plan)]
+    return [*meshless_problems(plan), *_pipeline(plan), *_experts(plan), *_mesh(plan), *_replicas(plan), *_finetune(plan)]
 
 
 def meshless_problems(plan: Plan) -> list[str]:
@@ -159,6 +160,21 @@ def _of_the_web(address: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", address)
     except ValueError:  # a port that is no number, an IPv6 address without its end
         return False
+
+
+def _finetune(plan: Plan) -> Iterator[str]:
+    """What its training breaks beside what pre-training does, under its own keys."""
+    tune = plan.finetune
+    if tune.method == "none":
+        return
+    if tune.adapters and not tune.targets:
+        yield "finetune.targets=[] leaves nothing to train; name matrices, as in finetune.targets=[q_proj,v_proj]"
+    if tune.adapters and plan.train.optimizer == "muon":
+        yield "train.optimizer=muon is for whole matrices, finetune.method=lora trains none; set train.optimizer=adamw"
+    twin = dataclasses.replace(plan.tuned, finetune=dataclasses.replace(tune, method="none"))
+    before = set(problems(dataclasses.replace(plan, finetune=twin.finetune)))
+    own = re.compile(r"train\.(steps|seq_len|global_batch|micro_batch|learning_rate|warmup)\b")
+    yield from (own.sub(r"finetune.\1", line) for line in problems(twin) if line not in before)
 
 
 def _crawl(plan: Plan) -> Iterator[str]:

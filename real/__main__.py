@@ -18,7 +18,7 @@ from conf.program import explain, flag, load, run, split
 from conf.record import read_summary
 from conf.units import show
 from real.heartbeat import STOPPED, Stopped
-from real.life import DATA, STAGES, Life
+from real.life import DATA, STAGES, TUNED, Life
 from real.place import Place, place
 
 USAGE = """
@@ -194,8 +194,12 @@ def _steps(asked: str) -> tuple[int, int] | None:
 
 
 def _export(plan: Plan, folder: Path, target: Path, options: Mapping[str, str]) -> int:
-    from real import checkpoint, huggingface
+    from real import checkpoint, finetune, huggingface
 
+    if plan.finetune.method != "none" and "finetune" in _parts(options["only"]):
+        path, size = finetune.export(folder / TUNED, _source(options["start"]), plan, target)
+        print(f"{path.name} of {path.parent.parent} is in {target}: {huggingface.family(plan.model)}, {show(size, 'B')}")
+        return 0
     path, _ = checkpoint.find(_source(options["start"]) or folder)
     tokenizer = next((p / "tokens" / "tokenizer.json" for p in path.parents if (p / "tokens").is_dir()), None)
     size = huggingface.export(path, plan.model, plan.train.seq_len, target, tokenizer)
@@ -241,6 +245,8 @@ def _run(plan: Plan, folder: Path, only: Sequence[str], source: Path | None, tra
         life.measure([name for name in MEASURES if name in only])
     if "pretrain" in only:
         life.pretrain()
+    if "finetune" in only and plan.finetune.method != "none":
+        life.finetune()
     return life.close()
 
 

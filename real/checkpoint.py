@@ -34,6 +34,7 @@ from real.optim import Optimizer, local
 from real.stage import sha256
 
 # How a full disk shows: plainly, or as a file that torch's writer finds shorter than what it wrote.
+ADAPTER = (".lora_A", ".lora_B")  # how names of adapters end
 SHORT = ("No space left", "File too large", "Disk quota", "unexpected pos")
 
 
@@ -234,20 +235,31 @@ def load(path: Path, parts: Sequence[Decoder], optimizer: Optimizer, step: int) 
     Raises Refused when the checkpoint is of another model: it lists what differs.
     """
 
-    def reading(wanted: dict[str, Tensor]) -> None:
-        there = shapes(path)
-        wrong = [
-            f"{name}: {there.get(name, 'absent')} in the checkpoint, {tuple(tensor.shape)} in the plan"
-            for name, tensor in wanted.items()
-            if there.get(name) != tuple(tensor.shape)
-        ]
-        if wrong:
-            shown = [line for line in wrong if line.startswith("model.")][:8] or wrong[:8]
-            said = f"{path} is of another model or optimizer, {len(wrong)} tensors differ; start from one of the plan's model"
-            raise Refused(said, *shown)
-        read(wanted, path)
+    restore(parts, optimizer, step, lambda wanted: _read_alike(wanted, path))
 
-    restore(parts, optimizer, step, reading)
+
+def load_model(path: Path, parts: Sequence[Decoder]) -> None:
+    """Fill the model without its adapters, and no optimizer.
+
+    Raises Refused as `load` does.
+    """
+    named = {canonical(part, name): p.detach() for part in parts for name, p in part.named_parameters()}
+    named |= {name: b for part in parts for name, b in part.named_buffers() if name.endswith("correction_bias")}
+    _read_alike({f"model.{name}": tensor for name, tensor in named.items() if not name.endswith(ADAPTER)}, path)
+
+
+def _read_alike(wanted: dict[str, Tensor], path: Path) -> None:
+    there = shapes(path)
+    wrong = [
+        f"{name}: {there.get(name, 'absent')} in the checkpoint, {tuple(tensor.shape)} in the plan"
+        for name, tensor in wanted.items()
+        if there.get(name) != tuple(tensor.shape)
+    ]
+    if wrong:
+        shown = [line for line in wrong if line.startswith("model.")][:8] or wrong[:8]
+        said = f"{path} is of another model or optimizer, {len(wrong)} tensors differ; start from one of the plan's model"
+        raise Refused(said, *shown)
+    read(wanted, path)
 
 
 def restore(parts: Sequence[Decoder], optimizer: Optimizer, step: int, reading: Callable[[dict[str, Tensor]], None]) -> None:
@@ -266,8 +278,8 @@ def restore(parts: Sequence[Decoder], optimizer: Optimizer, step: int, reading: 
 
 
 def state(parts: Sequence[Decoder], optimizer: Optimizer) -> dict[str, Tensor]:
-    """Every tensor that a run goes on from, by name; shards of a parameter are DTensors, so that any mesh can read them."""
-    found = {f"model.{canonical(part, name)}": p.detach() for part in parts for name, p in part.named_parameters()}
+    """Every tensor that training changes, by name; shards of a parameter are DTensors, so that any mesh can read them."""
+    found = {f"model.{canonical(part, name)}": p.detach() for part in parts for name, p in part.named_parameters() if p.requires_grad}
     found |= {f"model.{name}": b for part in parts for name, b in part.named_buffers() if name.endswith("correction_bias")}
     for name, parameter, moments in optimizer.state():
         found |= {f"optimizer.{name}.{key}": _like(value, parameter) for key, value in moments.items() if key != "step"}

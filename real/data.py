@@ -28,7 +28,7 @@ from real.stage import Manifest
 class Tokens:
     """The token stream of one split, cut into windows of seq_len inputs and as many targets, shifted by one."""
 
-    packed = False
+    packed = masked = False
 
     def __init__(self, folder: Path, split: str, seq_len: int) -> None:
         manifest = Manifest.read(folder)
@@ -56,16 +56,20 @@ class Tokens:
         """Tokens of window `index`, one more than seq_len, int64."""
         return self._read(index * self.seq_len, self.seq_len + 1)
 
-    def _read(self, start: int, left: int) -> np.ndarray:
-        """So many tokens of the stream."""
-        parts = []
+    def _read(self, start: int, left: int, shards: Sequence[np.ndarray] | None = None) -> np.ndarray:
+        """So many tokens of the stream, or of what lies beside it."""
+        parts, shards = [], shards or self.shards
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while left:
             offset = start - self.starts[shard]
-            part = self.shards[shard][offset : offset + left]
+            part = shards[shard][offset : offset + left]
             parts.append(part)
             left, start, shard = left - len(part), start + len(part), shard + 1
         return np.concatenate(parts).astype(np.int64)
+
+    def learned(self, index: int) -> np.ndarray:
+        """Which tokens of window `index` are to be predicted: all."""
+        return np.ones(self.seq_len + 1, bool)
 
     def documents(self, index: int) -> np.ndarray:
         """The document of each token of window `index`, counted from the start of the stream."""
@@ -115,12 +119,31 @@ class Packed(Tokens):
         return found
 
 
+class Chats(Packed):
+    """Packed conversations, with what is to be learned of them."""
+
+    masked = True
+
+    def __init__(self, folder: Path, split: str, seq_len: int) -> None:
+        super().__init__(folder, split, seq_len)
+        manifest = Manifest.read(folder)
+        held = [o for o in manifest.paths(".learned") if o["path"].startswith(f"{split}-") and o["bytes"]]
+        self.masks = [np.memmap(manifest.verified(output), np.uint8, mode="r") for output in held]
+
+    def learned(self, index: int) -> np.ndarray:
+        """Which tokens of window `index` are to be predicted, [seq_len + 1]."""
+        found = np.zeros(self.seq_len + 1, bool)
+        parts = [self._read(start, length, self.masks) for start, length in self._pieces(index)]
+        found[: sum(map(len, parts))] = np.concatenate(parts) > 0
+        return found
+
+
 class Streams:
     """Several streams as one: windows of the first, then of the second, and so on."""
 
     def __init__(self, parts: Sequence[Tokens]) -> None:
         self.parts = list(parts)
-        self.packed = any(part.packed for part in parts)
+        self.packed, self.masked = any(part.packed for part in parts), any(part.masked for part in parts)
         self.first = [0, *accumulate(map(len, self.parts))]
 
     def __len__(self) -> int:
@@ -137,6 +160,10 @@ class Streams:
     def documents(self, index: int) -> np.ndarray:
         tokens, index = self._find(index)
         return tokens.documents(index)
+
+    def learned(self, index: int) -> np.ndarray:
+        tokens, index = self._find(index)
+        return tokens.learned(index)
 
 
 class Blend:
@@ -205,6 +232,18 @@ def training(folder: Path, plan: Plan) -> tuple[Streams, Order | Blend]:
     return streams, Blend(streams, list(mixture.values()), plan.seed) if mixture else Order(len(streams), plan.seed)
 
 
+def tuning(folder: Path, plan: Plan) -> tuple[Streams, Order]:
+    """What a fine-tuning trains on.
+
+    Raises Refused when it is less than a batch.
+    """
+    streams = Streams([Chats(folder, "train", plan.train.seq_len)])
+    if len(streams) < plan.train.global_batch:
+        raise Refused(f"finetune.data={plan.finetune.data} makes {len(streams)} sequences of {plan.train.seq_len} tokens, a step takes "
+                      f"finetune.global_batch={plan.train.global_batch}; give more conversations, or lower finetune.seq_len")  # fmt: skip
+    return streams, Order(len(streams), plan.seed)
+
+
 def refuse_small(tokens: Streams | Tokens, plan: Plan, split: str) -> None:
     need = plan.train.global_batch if split == "train" else 1
     if len(tokens) < need:
@@ -243,6 +282,8 @@ def batch_of(tokens: Streams | Tokens, windows: Sequence[int], document_mask: bo
         return Batch(inputs, targets, None)
     documents = torch.from_numpy(np.stack([tokens.documents(i) for i in windows]))
     targets = targets.where(documents[:, :-1] == documents[:, 1:], IGNORED)
+    if tokens.masked:
+        targets = targets.where(torch.from_numpy(np.stack([tokens.learned(i) for i in windows]))[:, 1:], IGNORED)
     return Batch(inputs, targets, documents[:, :-1] if document_mask else None)
 
 

@@ -165,11 +165,24 @@ def export(path: Path, model: Model, seq_len: int, target: Path, tokenizer: Path
 
     Raises Refused when the model fits no family or the folder exists.
     """
+    there = checkpoint.shapes(path)
+
+    def reading(names: Sequence[str]) -> list[Tensor]:
+        ours = {f"model.{name}": torch.empty(there[f"model.{name}"]) for name in names}
+        checkpoint.read(ours, path)
+        return list(ours.values())
+
+    return write_model(
+        reading, [name.removeprefix("model.") for name in there if name.startswith("model.")], model, seq_len, target, tokenizer
+    )
+
+
+def write_model(reading: Callable[[Sequence[str]], list[Tensor]], names: Sequence[str], model: Model, seq_len: int, target: Path,
+                tokenizer: Path | None) -> int:  # fmt: skip
+    """The same of tensors that `reading` gives by our names."""
     told = config(model, seq_len)
     if target.exists() and any(target.iterdir()):
         raise Refused(f"export={target} exists and is not empty; name a new folder, or delete it")
-    there = checkpoint.shapes(path)
-    names = [name.removeprefix("model.") for name in there if name.startswith("model.")]
     files: list[dict[str, Tensor]] = [{}]
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -177,9 +190,7 @@ def export(path: Path, model: Model, seq_len: int, target: Path, tokenizer: Path
     index: dict[str, str] = {}
     size = total = 0
     for link in links(model, names):
-        ours = {f"model.{name}": torch.empty(there[f"model.{name}"]) for name in link.ours}
-        checkpoint.read(ours, path)
-        for name, tensor in zip(link.theirs, link.out(list(ours.values())), strict=True):
+        for name, tensor in zip(link.theirs, link.out(reading(link.ours)), strict=True):
             nbytes = tensor.numel() * tensor.element_size()
             if size and size + nbytes > FILE_BYTES:
                 _put(aside, files[-1], len(files), index)
@@ -245,7 +256,7 @@ def load(folder: Path, model: Model, parts: Sequence[Decoder]) -> None:
 
     Raises Refused when a tensor is missing or has another shape.
     """
-    named = {canonical(part, name): p for part in parts for name, p in part.named_parameters()}
+    named = {canonical(part, name): p for part in parts for name, p in part.named_parameters() if not name.endswith(checkpoint.ADAPTER)}
     named |= {name: b for part in parts for name, b in part.named_buffers() if name.endswith("correction_bias")}
     told = json.loads((folder / "config.json").read_text())
     interleaved = bool(told.get("rope_interleave", True)) and told["model_type"] == "deepseek_v3"

@@ -36,11 +36,14 @@ def draw(parameter: Tensor, name: str, seed: int, layers: int) -> None:
     if isinstance(parameter, DTensor):
         _, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
         local = parameter.to_local()
+    if name.endswith("lora_B"):
+        local.zero_()
+        return
     if parameter.dim() == 1:
         local.fill_(0.0 if name.endswith("bias") else 1.0)
         return
     std = 0.02 if name.startswith(("embed", "lm_head")) else shape[-1] ** -0.5
-    std *= 1 / math.sqrt(2 * layers) if "o_proj" in name or "down_proj" in name else 1.0
+    std *= 1 / math.sqrt(2 * layers) if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")) else 1.0
     rows = max(1, BLOCK // math.prod(shape[1:]))
     for number, start in enumerate(range(0, shape[0], rows)):
         stop = min(start + rows, shape[0])

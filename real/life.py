@@ -12,17 +12,19 @@ from conf.errors import Refused
 from conf.files import sweep, write
 from conf.plan import Plan
 from conf.program import to_yaml
-from conf.record import STATES, Record, read, read_all, read_summary, seal, summarise
+from conf.record import STATES, Record, Value, read, read_all, read_summary, seal, summarise
 from conf.units import show
 from real import dedup, extract, packing, stage, substring, tokens
 from real.engine import engine
 from real.heartbeat import Stopped, clock
 from real.place import Place, join
+from real.shards import trained
 from real.stage import Manifest
 from real.summary import summary
 
 DATA = ("crawl", "extract", "dedup", "tokens")
-STAGES = (*DATA, "pretrain")
+STAGES = (*DATA, "pretrain", "finetune")
+TUNED = "finetune"  # folder of the fine-tuning's record, in that of the run
 NO_CORPUS = "data.path=null: real needs a corpus; name a file, folder or glob, or data=python"
 
 
@@ -51,7 +53,7 @@ class Life:
             from real.crawl import crawl
         except ImportError as error:
             raise Refused(f"crawl.seeds needs {error.name}, which is not installed; pip install 'foretold[data]'") from error
-        self._book("crawl", lambda: crawl(self.folder / "crawl", self.plan.crawl, self._progress("crawl")))
+        self._book("crawl", lambda: crawl(self.folder / "crawl", self.plan.crawl, self.progress("crawl")))
 
     def data(self, names: Collection[str]) -> None:
         """The data stages: the crawl, if there are seeds, and then the others on one pool of workers."""
@@ -70,7 +72,7 @@ class Life:
             self.found = files(self.read.data)
             self.choices = extract.config(self.read, self.found)  # refused before a worker is started
         with engine(self.plan) as pool:
-            self._spend("init", "run", began)
+            self.spend("init", "run", began)
             try:
                 for name in names:
                     self._stage(name, pool)
@@ -86,14 +88,14 @@ class Life:
         self.record.event(name, "start")
         self.record.flush()
         manifest = work()
-        self._spend("data", name, began)
+        self.spend("data", name, began)
         for quantity, value in measured(name, manifest).items():
             self.record.observe(name, quantity, value)
         self.record.event(name, "end", **manifest.counters)
         self.record.flush()
         self.say(told(name, manifest))
 
-    def _spend(self, state: str, where: str, began: float) -> None:
+    def spend(self, state: str, where: str, began: float) -> None:
         """Book the time since `began` for all ranks: the data stages run before the ranks exist."""
         now = self.record.now()
         self.record.observe(where, state, (now - began) * self.part.ranks)
@@ -105,7 +107,7 @@ class Life:
         booked = sum(row["value"] for row in rows if row["stage"] == stage and row["at"] >= launched and row["quantity"] in STATES)
         self.record.observe(stage, "idle", max(0.0, (self.record.now() - launched) * self.part.ranks - booked))
 
-    def _progress(self, name: str) -> Callable[[float], None]:
+    def progress(self, name: str) -> Callable[[float], None]:
         began, before = time.monotonic(), list[float]()
 
         def show_share(share: float) -> None:
@@ -127,7 +129,7 @@ class Life:
     def _extract(self, pool: Executor) -> Manifest:
         facts = {"path": self.plan.data.path, "tasks_of": SHARD}
         work = extract.tasks(self.read, self.found)
-        done = stage.run(self.folder / "extract", work, self.choices, pool, facts, self._progress("extract"))
+        done = stage.run(self.folder / "extract", work, self.choices, pool, facts, self.progress("extract"))
         if not done.counters.get("documents"):
             unread = int(done.counters.get("unreadable", 0))
             why = f"none of its {unread} files could be read" if unread else "its files are empty"
@@ -145,17 +147,17 @@ class Life:
         near, groups, moved, paired = None, dict[str, int](), [hashed], list[Manifest]()
         if how == "minhash":
             banded = stage.run(
-                folder / "bands", dedup.band_tasks(extracted, root, data.keep), config, pool, {}, self._progress("dedup, signatures")
+                folder / "bands", dedup.band_tasks(extracted, root, data.keep), config, pool, {}, self.progress("dedup, signatures")
             )
-            paired.append(stage.run(folder / "pairs", dedup.pair_tasks(banded), config, pool, {}, self._progress("dedup, pairs")))
+            paired.append(stage.run(folder / "pairs", dedup.pair_tasks(banded), config, pool, {}, self.progress("dedup, pairs")))
             near, groups = dedup.near_duplicates(paired[0])
             moved.append(banded)
         length = self.plan.data.substrings
         whole = folder / "whole" if length else folder
         repeated = stage.run(folder / "repeats", dedup.repeat_tasks(hashed), config, pool, {}, lambda _: None)
-        kept = stage.run(whole, dedup.keep_tasks(extracted, repeated, near), config, pool, config, self._progress("dedup"))
+        kept = stage.run(whole, dedup.keep_tasks(extracted, repeated, near), config, pool, config, self.progress("dedup"))
         searching = time.perf_counter()
-        done = substring.remove(folder, kept, length, pool, self._progress("dedup, substrings")) if length else kept
+        done = substring.remove(folder, kept, length, pool, self.progress("dedup, substrings")) if length else kept
         done.facts |= {"substring_seconds": time.perf_counter() - searching} if length else {}
         done.counters |= groups
         done.counters["shuffle_bytes"] = sum(output["bytes"] for manifest in moved for output in manifest.outputs)
@@ -169,11 +171,12 @@ class Life:
         tokenizer = tokens.train_tokenizer(folder, documents, self.plan)
         facts = {"tokenizer": tokenizer.name, "sha256": stage.sha256(tokenizer), "tokenizer_seconds": time.perf_counter() - began}
         done = stage.run(
-            folder, tokens.tasks(documents, tokenizer, self.plan), tokens.config(self.plan), pool, facts, self._progress("tokens")
+            folder, tokens.tasks(documents, tokenizer, self.plan), tokens.config(self.plan), pool, facts, self.progress("tokens")
         )
         if self.plan.train.packing == "best_fit":
-            config, shown = packing.config(self.plan), self._progress("tokens, packing")
-            packs = stage.run(folder / "packs", packing.tasks(done, self.plan), config, pool, {}, shown)
+            config, shown = packing.config(self.plan), self.progress("tokens, packing")
+            work = packing.tasks(done, trained(self.plan.data.weights), self.plan.train.seq_len)
+            packs = stage.run(folder / "packs", work, config, pool, {}, shown)
             done.counters |= packs.counters
         return self._timed(done, began)
 
@@ -183,35 +186,48 @@ class Life:
         return manifest
 
     def pretrain(self) -> None:
-        from real.cluster import under_torchrun
-        from real.failures import unfired
-        from real.pretrain import Start, pretrain
-        from real.recovery import Supervisor
-
         if self.plan.data.path is None:
             raise Refused(NO_CORPUS)
         told = read_summary(self.folder.parent / "sim")
         quantities = told["quantities"] if told else {}
         foretold = {n: quantities[f"pretrain.{n}"]["value"] for n in ("step_time", "peak_memory") if f"pretrain.{n}" in quantities}
+        self.train(foretold, source=self.source)
+        if script := self.plan.failures.script:
+            from real.failures import unfired
+
+            missed = unfired(self.plan, self.folder)
+            told = f"; not: {', '.join(missed)}" if missed else ""
+            self.say(f"{len(script) - len(missed)} of {len(script)} planned faults struck{told}")
+
+    def train(self, foretold: dict[str, float], **how: Path | None) -> None:
+        """The loop of optimizer steps, watched."""
+        from real.cluster import under_torchrun
+        from real.pretrain import Start, pretrain
+        from real.recovery import Supervisor
+
         self.record.event("pretrain", "start")
         launched = self.record.now()
-        start = Start(self.folder, self.epoch, launched, launched, self.furthest, foretold, self.source, self.traced,
-                      whole=self.plan, replica=self.place.number if self.place else None)  # fmt: skip
+        start = Start(self.folder, self.epoch, launched, launched, self.furthest, foretold, traced=self.traced, whole=self.plan,
+                      replica=self.place.number if self.place else None, **how)  # fmt: skip
         if not under_torchrun():
             Supervisor(self.part, self.folder, self.record, self.say).run(pretrain, start)
         elif not self._launch(pretrain, start):
             raise Stopped
         self._spend_rest("pretrain", launched)
-        if script := self.plan.failures.script:
-            missed = unfired(self.plan, self.folder)
-            told = f"; not: {', '.join(missed)}" if missed else ""
-            self.say(f"{len(script) - len(missed)} of {len(script)} planned faults struck{told}")
+
+    def finetune(self) -> None:
+        """Fine-tuning is training, of the plan's `tuned` twin and in a record of its own below this one."""
+        from real import finetune
+
+        inner = Life(self.plan.tuned, self.folder / TUNED, self.say, traced=self.traced)
+        finetune.run(inner, self.folder, self.source)
+        inner.close()
 
     def join(self, home: Path) -> None:
         """A later replica uses what the first has prepared."""
         began = self.record.now()
         join(home, self.folder, self.say, self.plan.failures.start_timeout)
-        self._spend("idle", "run", began)
+        self.spend("idle", "run", began)
 
     def measure(self, names: Collection[str]) -> None:
         """Time this machine's operations and collectives into kernels.csv and network.csv."""
@@ -233,7 +249,16 @@ class Life:
         sweep(self.folder, self.born)
         first = self.place is None or self.place.number == 0
         rows, events = (read_all(self.folder, file) for file in ("ledger", "events"))
-        return summarise(self.folder, self.plan.id, "real", summary(self.plan if first else self.part, rows, events))
+        quantities = summary(self.plan if first else self.part, rows, events)
+        return summarise(self.folder, self.plan.id, "real", quantities | _tuned(self.folder / TUNED))
+
+
+def _tuned(folder: Path) -> dict[str, float | Value]:
+    """Quantities of the fine-tuning, by its own name."""
+    told = read_summary(folder)
+    quantities = told["quantities"] if told else {}
+    return {name.replace("pretrain.", "finetune."): Value(q["value"], q["low"], q["high"]) for name, q in quantities.items()
+            if name.startswith("pretrain.")}  # fmt: skip
 
 
 def measured(name: str, manifest: Manifest) -> dict[str, float]:

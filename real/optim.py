@@ -25,7 +25,7 @@ class Optimizer:
     """What updates the parameters of a rank's parts of the model."""
 
     def __init__(self, parts: Sequence[Decoder], train: Train) -> None:
-        self.named = [(canonical(part, name), p) for part in parts for name, p in part.named_parameters()]
+        self.named = [(canonical(part, name), p) for part in parts for name, p in part.named_parameters() if p.requires_grad]
         muon = {name for name, p in self.named if train.optimizer == "muon" and _is_hidden(name, p)}
         self.whole = [p for name, p in self.named if name in muon]
         self.shards = [(p, nn.Parameter(local(p.detach()))) for name, p in self.named if name not in muon]

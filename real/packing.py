@@ -4,7 +4,7 @@ Documents longer than a sequence are cut into sequences and a rest; nothing else
 where they leave the least room (best-fit decreasing; Ding et al. 2024, "Fewer truncations improve language modeling", section 3).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.plan import Plan
-from real.shards import read_index, trained
+from real.shards import read_index
 from real.stage import Manifest, Task
 
 VERSION = 1
@@ -23,12 +23,12 @@ def config(plan: Plan) -> dict[str, Any]:
     return {"version": VERSION, "seq_len": plan.train.seq_len}
 
 
-def tasks(tokens: Manifest, plan: Plan) -> Iterator[Task]:
-    """One for each split that is trained on."""
-    for split in trained(plan.data.weights):
+def tasks(tokens: Manifest, splits: Sequence[str], seq_len: int) -> Iterator[Task]:
+    """One for each split."""
+    for split in splits:
         held = [output for output in tokens.paths(".idx") if output["path"].startswith(f"{split}-")]
         paths = [str(tokens.folder / output["path"]) for output in held]
-        yield Task(split, pack, (paths, plan.train.seq_len), tuple(output["sha256"] for output in held))
+        yield Task(split, pack, (paths, seq_len), tuple(output["sha256"] for output in held))
 
 
 def pack(folder: Path, name: str, indices: list[str], seq_len: int) -> dict[str, Any]:

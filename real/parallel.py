@@ -174,8 +174,14 @@ def _tensor(model: Decoder, axes: Axes) -> None:
             module.tp = axes.tp
         name = path.split(".")[-1]
         for key, parameter in list(module.named_parameters(recurse=False)):
-            cut = Shard(0) if name in COLUMNS else Shard(1) if name in ROWS and key == "weight" else Replicate()
-            setattr(module, key, nn.Parameter(distribute_tensor(parameter, mesh, [cut])))
+            cut = (
+                Shard(0)
+                if name in COLUMNS and key != "lora_A"
+                else Shard(1)
+                if name in ROWS and key in ("weight", "lora_A")
+                else Replicate()
+            )
+            setattr(module, key, nn.Parameter(distribute_tensor(parameter, mesh, [cut]), parameter.requires_grad))
         if name in ROWS and isinstance(module, Linear):
             module.bias_share = float(axes.tp.rank == 0)
     model.tie()
@@ -199,7 +205,8 @@ def _experts(model: Decoder, plan: Plan, axes: Axes) -> None:
         mixture.sequence, mixture.ep = axes.sequence, axes.ep
         if axes.ep is not None and axes.experts is not None:
             for key, parameter in list(mixture.experts.named_parameters(recurse=False)):
-                setattr(mixture.experts, key, nn.Parameter(distribute_tensor(parameter, axes.experts["ep"], [Shard(0)])))
+                expert = distribute_tensor(parameter, axes.experts["ep"], [Shard(0)])
+                setattr(mixture.experts, key, nn.Parameter(expert, parameter.requires_grad))
 
 
 def _eighths(model: Decoder, axes: Axes) -> None:

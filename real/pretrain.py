@@ -22,7 +22,7 @@ from conf.units import show
 from real import bigram, checkpoint, optim, parallel, tiers
 from real.buddy import Buddy
 from real.cluster import rank
-from real.data import Order, Tokens, refuse_small, training
+from real.data import Chats, Order, Tokens, refuse_small, training, tuning
 from real.failures import Injector
 from real.heartbeat import Pulse, clock
 from real.integrity import differing
@@ -31,7 +31,7 @@ from real.power import meter
 from real.profile import Watched
 from real.progress import Progress
 from real.replica import Replicas
-from real.resume import fill, led, newest, resume
+from real.resume import begin, fill, led, newest, resume
 from real.stability import Decision, Guard
 from real.straggler import Scores
 from real.timeline import Timeline
@@ -54,6 +54,7 @@ class Start:
     furthest: int  # steps that an earlier attempt had done
     predicted: dict[str, float]  # the simulator's step time [s] and peak memory [B], where it was asked
     source: Path | None = None  # a checkpoint, or a Hugging Face model, to start from
+    base: Path | None = None  # such a one whose weights are fine-tuned here
     traced: tuple[int, int] | None = None  # first and last step that torch's profiler watches
     pulse: Pulse | None = None  # where the launcher looks for heartbeats
     whole: Plan | None = None  # the plan of which this is a smaller mesh, or one replica
@@ -96,9 +97,11 @@ class Training:
         cuda = plan.gpu.kind == "cuda"
         self.timeline, self.power, self.gauge = Timeline(cuda, self._changed), meter(plan.gpu.kind), Gauge(cuda)
         record.observe(STAGE, "init", max(0.0, record.now() - start.launched), at=record.now())
-        tokens, order = training(start.folder / "tokens", plan)
-        self.held_out = _held_out(plan, start.folder / "tokens")
-        self.trainer = Trainer(plan, tokens, self.timeline, order)
+        tokens, order = (tuning if start.base else training)(start.folder / "tokens", plan)
+        self.held_out = _held_out(plan, start.folder / "tokens", Chats if start.base else Tokens)
+        self.trainer = Trainer(plan, tokens, self.timeline, order, adapters=start.base is not None and plan.finetune.adapters)
+        if start.base:
+            begin(start.base, plan, self.trainer)
         self.injector.attach(self.trainer.parts, self.trainer.optimizer.named)
         self.whole, self.tiers = whole, tiers.tiers(whole, start.folder)
         self.writers: dict[tiers.Tier, checkpoint.Writer | Buddy] = {
@@ -269,7 +272,8 @@ class Training:
         loss = self.trainer.evaluate(held_out)
         if rank() == 0:
             self.record.observe(STAGE, "held_out_loss", loss, self.step)
-            self.record.observe(STAGE, "held_out_bits_per_byte", held_out.bits_per_byte(loss), self.step)
+            if not held_out.tokens.masked:
+                self.record.observe(STAGE, "held_out_bits_per_byte", held_out.bits_per_byte(loss), self.step)
             self.record.event(STAGE, "evaluate", self.step, loss=loss)
         self._say(f"held-out loss {loss:.4f} nat a token after step {self.step}")
         book(self.record, self.timeline, None)
@@ -300,7 +304,7 @@ class Training:
             record.observe(STAGE, "parameters", count, step)
             if joules is not None:
                 record.observe(STAGE, "energy", joules, step)
-            if self.held_out and plan.samples(step) * plan.train.seq_len <= BASELINE_TOKENS:
+            if self.held_out and not self.held_out.tokens.masked and plan.samples(step) * plan.train.seq_len <= BASELINE_TOKENS:
                 self.timeline.enter("evaluate")
                 loss = bigram.held_out_loss(self._seen(step), self.held_out.sequences, plan.model.vocab)
                 record.observe(STAGE, "bigram_bits_per_byte", self.held_out.bits_per_byte(loss), step)
@@ -349,10 +353,12 @@ def _over(plan: Plan, step: int, elapsed: float) -> bool:
     return bool(parallel.total(verdict).item() > 0)  # one verdict for all: clocks differ
 
 
-def _held_out(plan: Plan, folder: Path) -> HeldOut | None:
+def _held_out(plan: Plan, folder: Path, kind: type[Tokens]) -> HeldOut | None:
     if not plan.train.evaluate_sequences:
         return None
-    rest = Tokens(folder, "held_out", plan.train.seq_len)
+    rest = kind(folder, "held_out", plan.train.seq_len)
+    if kind is Chats and not len(rest):
+        return None
     refuse_small(rest, plan, "held_out")
     order = Order(len(rest), plan.seed)
     count = max(plan.dp, min(plan.train.evaluate_sequences, len(rest)) // plan.dp * plan.dp)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from conf.plan import Plan
 from real import optim, parallel
+from real.adapters import adapt
 from real.cluster import device
 from real.data import Batch, Batches, Blend, Order, Streams, Tokens, batch_of, token_bytes
 from real.initial import initialise
@@ -41,14 +42,16 @@ class HeldOut:
         return nats * len(targets) / (math.log(2) * float(sizes[targets].sum()))
 
 
-def laid_out(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stage: int | None) -> Decoder:
-    """The whole model, or one stage of it, on its mesh, without storage."""
+def laid_out(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stage: int | None, adapters: bool = False) -> Decoder:
+    """The whole model, or one stage of it, on its mesh, without storage; with `adapters` frozen but for those of the plan."""
     with torch.device("meta"):
         if stage is None:
             model = Decoder(plan.model, plan.train.recompute, share=plan.train.recompute_share)
         else:
             first, last = stage == 0, stage == plan.mesh.pp * plan.mesh.vpp - 1
             model = Decoder(plan.model, plan.train.recompute, layers_of(plan, stage), first, last, plan.train.recompute_share)
+        if adapters:
+            adapt(model, plan.finetune)
     if axes is not None:
         parallel.apply(model, plan, axes, timeline)
     elif plan.train.compile:
@@ -56,9 +59,10 @@ def laid_out(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stage: 
     return model
 
 
-def filled(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stages: Sequence[int | None]) -> list[Decoder]:
+def filled(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stages: Sequence[int | None],
+           adapters: bool = False) -> list[Decoder]:  # fmt: skip
     """This rank's parts of the model with their initial weights."""
-    parts = [laid_out(plan, axes, timeline, stage) for stage in stages]
+    parts = [laid_out(plan, axes, timeline, stage, adapters) for stage in stages]
     for part in parts:
         part.to_empty(device=device(plan))
         part.tie()
@@ -69,13 +73,14 @@ def filled(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stages: S
 class Trainer:
     """This rank's parts of the model, their optimizer and their data."""
 
-    def __init__(self, plan: Plan, tokens: Streams | Tokens, timeline: Timeline, order: Order | Blend | None = None) -> None:
+    def __init__(self, plan: Plan, tokens: Streams | Tokens, timeline: Timeline, order: Order | Blend | None = None,
+                 adapters: bool = False) -> None:  # fmt: skip
         self.plan, self.timeline, self.device, self.tokens = plan, timeline, device(plan), tokens
         self.axes = parallel.Axes(plan, timeline) if dist.is_initialized() else None
         self.tp = self.axes.tp if self.axes else None
         self.pipeline: Pipeline | None = None
         stages = stages_of(plan, self.axes.pp.rank) if self.axes and self.axes.pp else [None]
-        self.parts = filled(plan, self.axes, timeline, stages)
+        self.adapters, self.parts = adapters, filled(plan, self.axes, timeline, stages, adapters)
         if self.axes and self.axes.pp:
             self.pipeline = Pipeline(self.parts, plan, self.axes.pp, self.device, timeline, self._loss)
         self.optimizer = optim.Optimizer(self.parts, plan.train)
@@ -122,7 +127,7 @@ class Trainer:
         if factor:
             self.optimizer.step(factor * optim.learning_rate(plan.train, step))
         self.optimizer.zero_grad()
-        for part in self.parts:
+        for part in self.parts if not self.adapters else ():
             balance(part, self.axes.stage if self.axes else None, counts=factor > 0)
         if not judge:  # later, so that a GPU is not waited for before the update is launched
             loss, wished = self._summed(told, wish)

@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 class Stream:
     """Random tokens in documents of random lengths, as real.data.Tokens gives them."""
 
-    packed = False
+    packed = masked = False
 
     def __init__(self, plan: Plan, windows: int = 256) -> None:
         dice = np.random.default_rng(5)
@@ -99,20 +99,20 @@ def _rank(rank: int, plan: Plan, folder: Path, work: Callable[..., Any], argumen
     os._exit(0)
 
 
-def train(plan: Plan, folder: Path, steps: int) -> None:
+def train(plan: Plan, folder: Path, steps: int, adapters: bool = False) -> None:
     """Some steps; the first rank writes losses and norms, all write the checkpoint."""
     from real.checkpoint import state
 
-    trainer = Trainer(plan, Stream(plan), Timeline())  # type: ignore[arg-type]
+    trainer = Trainer(plan, Stream(plan), Timeline(), adapters=adapters)  # type: ignore[arg-type]
     told = [trainer.step(step)[:2] for step in range(steps)]
     if os.environ["RANK"] == "0":
         torch.save(told, folder / "told")
     dcp.save(state(trainer.parts, trainer.optimizer), checkpoint_id=folder / "state", no_dist=not dist.is_initialized())
 
 
-def outcome(plan: Plan, steps: int = 5) -> Outcome:
+def outcome(plan: Plan, steps: int = 5, adapters: bool = False) -> Outcome:
     folder = Path(tempfile.mkdtemp())
-    spawn(plan, train, folder, steps)
+    spawn(plan, train, folder, steps, adapters)
     told = torch.load(folder / "told")
     return Outcome([loss for loss, _ in told], [norm for _, norm in told], whole(folder / "state"))
 

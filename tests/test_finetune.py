@@ -1,0 +1,266 @@
+"""Fine-tuning: what is learned of a conversation, adapters on every mesh, and what peft and transformers make of them."""
+
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from conf.errors import Refused
+from conf.program import load
+from real import adapters, chats, checkpoint, huggingface
+from real.adapters import Adapted, adapt
+from real.chats import Template, conversation
+from real.data import Chats, batch_of
+from real.initial import initialise
+from real.loss import IGNORED
+from real.model import Decoder
+from real.optim import Optimizer
+from tests.worlds import Outcome, outcome, plan_of
+
+CHATS = [
+    {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the cat sees"},
+                  {"role": "assistant", "content": "a dog"}, {"role": "user", "content": "and then"},
+                  {"role": "assistant", "content": "the moon"}]},
+    {"prompt": "the sun", "completion": "runs"},
+    {"question": "red or blue", "answer": "both"},
+    {"history": [["prompter", "walk"], ["assistant", "under"], ["prompter", "over"]], "response": "with"},
+]  # fmt: skip
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# -- conversations
+
+
+@pytest.mark.parametrize("name", chats.TEMPLATES)
+def test_only_what_the_assistant_says_is_learned(name):
+    for row in CHATS:
+        messages = conversation(json.dumps(row))
+        pieces = Template(name).pieces(messages)
+        learned = "".join(text for text, wanted in pieces if wanted)
+        rest = "".join(text for text, wanted in pieces if not wanted)
+        for message in messages:
+            mine, other = (learned, rest) if message["role"] == "assistant" else (rest, learned)
+            assert message["content"] in mine and (message["content"] not in other)
+        assert "".join(text for text, _ in pieces) == Template(name).render(messages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", chats.TEMPLATES)
+def test_templates_render_as_transformers_has_them(name):
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    messages = conversation(json.dumps(CHATS[0]))
+    theirs = _compile_jinja_template(chats.TEMPLATES[name]).render(messages=messages, add_generation_prompt=True)
+    assert Template(name).render(messages, answer=True) == theirs
+
+
+BAD_LINES = [
+    ("{", "it is no JSON"), ("[]", "it is no object"), ('{"text": "a"}', "it has text; messages, or prompt and completion"),
+    ('{"messages": [{"role": "user"}]}', "message 1 has no role and content"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant says anything"),
+    ('{"prompt": "a", "completion": ""}', "no assistant says anything"), ('{"prompt": "a", "completion": 3}', "message 2 has no role"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "words"), BAD_LINES)
+def test_a_bad_line_says_what_is_missing(line, words):
+    with pytest.raises(ValueError, match=words.replace("[", r"\[")):
+        conversation(line)
+
+
+def test_a_template_that_cannot_be_learned_from(tmp_path):
+    """One that counts the messages ahead changes what was there before."""
+    path = tmp_path / "counting.jinja"
+    path.write_text("{{ messages | length }} messages\n{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(ValueError, match="changes the text before it"):
+        Template(str(path)).pieces(conversation(json.dumps(CHATS[0])))
+    path.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}")
+    with pytest.raises(ValueError, match="refuses it: no system message"):
+        Template(str(path)).pieces(conversation(json.dumps(CHATS[0])))
+    path.write_text("{% for %}")
+    with pytest.raises(Refused, match="is no template"):
+        Template(str(path))
+
+
+# -- the run
+
+
+ONE = ("train.steps=1", "train.warmup=0")
+TUNE = ("finetune=lora", "finetune.steps=6", "finetune.seq_len=32", "finetune.global_batch=4", "finetune.micro_batch=2",
+        "finetune.warmup=1", "finetune.held_out=0.3", "finetune.rank=4", "finetune.targets=[q_proj,v_proj,down_proj]")  # fmt: skip
+
+
+@pytest.fixture
+def talks(tmp_path):
+    words = ["cat", "dog", "sun", "moon", "red", "blue"]
+    rows = [{"prompt": f"{a} {b}", "completion": f"{b} {a} " * 3} for a in words for b in words for _ in range(2)]
+    return write(tmp_path / "talks.jsonl", [*CHATS, *rows])
+
+
+def test_a_run_ends_with_adapters_that_are_read_back(tmp_path, tiny, foretold, talks):
+    """Pre-training, then adapters; killed between, it goes on; peft's names and shapes; sharded as the whole."""
+    words = [*tiny, *TUNE, f"finetune.data={talks}"]
+    status, out, err = foretold("real", *words, "checkpoint.every=2")
+    assert status == 0, err
+    assert "adapters:" in out and "finetune.step_time" in out
+    home = next((tmp_path / "runs").iterdir()) / "real"
+    told = json.loads((home / "summary.json").read_text())["quantities"]
+    model = load(words).model
+    each = 4 * (2 * model.hidden + model.heads * model.head_dim + model.kv_heads * model.head_dim + model.ffn + model.hidden)
+    assert told["finetune.parameters"]["value"] == model.layers * each
+    assert set(checkpoint.shapes(checkpoint.complete(home / "finetune" / "checkpoints")[-1])) & {"model.norm.weight"} == set()
+    again = foretold("real", *words, "checkpoint.every=2", "only=finetune")
+    assert again[0] == 0 and "resumed" not in again[1].replace("resumed from step-00000006", "")
+
+
+def test_windows_hold_whole_conversations_and_their_masks(tmp_path, tiny, foretold, talks):
+    status, _, err = foretold("real", *tiny, *TUNE, f"finetune.data={talks}", *ONE)
+    assert status == 0, err
+    home = next((tmp_path / "runs").iterdir()) / "real"
+    from tokenizers import Tokenizer
+
+    coder = Tokenizer.from_file(str(home / "tokens" / "tokenizer.json"))
+    tokens = Chats(home / "finetune" / "tokens", "train", 32)
+    batch = batch_of(tokens, range(len(tokens)), document_mask=True)
+    learned = [coder.decode(row[row != IGNORED].tolist()) for row in batch.targets]
+    assert all("User" not in text and "Assistant" not in text for text in learned)
+    assert sum(text.count("cat dog") for text in learned) > 0
+    inputs = np.concatenate([tokens.window(i)[:-1] for i in range(len(tokens))])
+    assert "User" in coder.decode(inputs.tolist())
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (["finetune.data=/nowhere.jsonl"], "is no file; name a JSON Lines file"),
+    (["finetune.template=chatm"], "finetune.template=chatm is no file"),
+    (["finetune.targets=[q_prj]"], "finetune.targets names q_prj, which is no matrix of a block; did you mean q_proj"),
+    (["finetune.method=lor"], "finetune.method=lor is not known; did you mean lora"),
+    (["finetune.global_batch=4000"], "a step takes finetune.global_batch=4000"), (["finetune.rank=0"], "finetune.rank=0 must be above 0"),
+    (["finetune.micro_batch=3"], "finetune.global_batch=4"),
+])  # fmt: skip
+def test_bad_input_is_one_line(tiny, foretold, talks, change, words):
+    status, _, err = foretold("real", *tiny, *ONE, *TUNE, f"finetune.data={talks}", *change)
+    assert status == 2 and words in err, err
+    assert err.strip().count("\n") == 0, err
+
+
+def test_bad_files_are_one_line(tmp_path, tiny, foretold, talks):
+    common = [*tiny, *ONE, *TUNE]
+    empty = write(tmp_path / "empty.jsonl", [])
+    assert "empty.jsonl is empty" in foretold("real", *common, f"finetune.data={empty}")[2]
+    bad = write(tmp_path / "bad.jsonl", [*CHATS, {"text": "no"}])
+    status, _, err = foretold("real", *common, f"finetune.data={bad}")
+    assert status == 2 and f"{bad}, line 5: it has text" in err and err.strip().count("\n") == 0
+    status, _, err = foretold("real", *common, f"finetune.data={talks}", "only=finetune", "seed=9")
+    assert status == 2 and "holds no pre-trained model to fine-tune" in err
+
+
+# -- adapters
+
+
+COMMON = ("train.seq_len=32", "train.global_batch=8", "train.micro_batch=2", "train.epsilon=1e-6", "train.learning_rate=0.001",
+          "train.warmup=1", "finetune=lora", "finetune.rank=4", "finetune.micro_batch=1")  # fmt: skip
+
+
+def tuned(*words):
+    return plan_of("model=tiny_llama3", *COMMON, *words)
+
+
+def test_parameters_are_exact():
+    """Llama 3.2 3B with rank 32 on q and v: 9,175,040 (PEFT's own count)."""
+    shape = {"layers": 28, "hidden": 3072, "heads": 24, "kv_heads": 8, "ffn": 8192}
+    plan = plan_of("model=llama3_8b", *(f"model.{key}={value}" for key, value in shape.items()), "mesh.dp_shard=1", "finetune=lora",
+                   "finetune.rank=32", "finetune.targets=[q_proj,v_proj]")  # fmt: skip
+    with torch.device("meta"):
+        model = Decoder(plan.model)
+    adapt(model, plan.finetune)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 9_175_040
+
+
+def test_a_new_adapter_changes_nothing_and_can_be_turned_off():
+    plan = tuned("mesh.dp_shard=1")
+    base, model = Decoder(plan.model), Decoder(plan.model)
+    initialise(base, 3)
+    adapt(model, plan.finetune)
+    initialise(model, 3)
+    tokens = torch.randint(512, (2, 32))
+    assert torch.equal(base(tokens), model(tokens))
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            torch.nn.init.normal_(module.lora_B, std=0.1)
+    assert not torch.allclose(base(tokens), model(tokens))
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            module.active = False
+    assert torch.equal(base(tokens), model(tokens))
+
+
+@cache
+def alone(model: str) -> Outcome:
+    return outcome(tuned("mesh.dp_shard=1", *model.split()), adapters=True)
+
+
+MESHES = [
+    ("", "mesh.dp_shard=2"), ("", "mesh.tp=2"), ("", "mesh.pp=2"), ("", "mesh.cp=2"), ("", "mesh.dp_shard=4"),
+    ("", "mesh.dp_replicate=2 mesh.tp=2"), ("", "mesh.dp_shard=2 mesh.tp=2 mesh.pp=2"), ("model.tied=true", "mesh.pp=2"),
+    ("train.recompute=full", "mesh.dp_shard=2"), ("model=tiny_qwen3_moe finetune.targets=[q_proj,o_proj]", "mesh.dp_shard=2 mesh.ep=2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "mesh"), [pytest.param(*m, marks=() if i < 3 else pytest.mark.slow) for i, m in enumerate(MESHES)])
+def test_adapters_train_alike_on_every_mesh(model, mesh):
+    words = [*([] if "dp_shard" in mesh else ["mesh.dp_shard=1"]), *mesh.split()]
+    one, other = alone(model), outcome(tuned(*words, *model.split()), adapters=True)
+    assert one.weights.keys() == other.weights.keys() and all("lora" in name for name in one.weights if name.startswith("model."))
+    np.testing.assert_allclose(other.losses, one.losses, rtol=1e-5)
+    np.testing.assert_allclose(other.norms, one.norms, rtol=1e-5)
+    for name, weight in one.weights.items():
+        if name.startswith("model."):
+            # B begins at zero: all of it is what AdamW makes of gradients, the smallest included.
+            assert weight.any() and (other.weights[name] - weight).norm() <= 3e-4 * weight.norm(), name
+
+
+def tuned_checkpoint(tmp_path, words=()):
+    """A base as Hugging Face's folder, and a checkpoint of adapters that do something."""
+    plan = tuned("mesh.dp_shard=1", *words)
+    base = Decoder(plan.model)
+    initialise(base, 3)
+    writer = checkpoint.Writer(tmp_path / "base", plan)
+    writer.save(checkpoint.state([base], Optimizer([base], plan.train)), 0)
+    huggingface.export(tmp_path / "base" / "step-00000000", plan.model, 32, tmp_path / "hf", None)
+    model = Decoder(plan.model)
+    adapt(model, plan.finetune)
+    initialise(model, 3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    checkpoint.Writer(tmp_path / "tuned", plan.tuned).save(checkpoint.state([model], Optimizer([model], plan.train)), 0)
+    return plan, model.eval(), tmp_path / "tuned" / "step-00000000"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [(), ("model=tiny_qwen3",), ("model.tied=true",)])
+def test_peft_and_transformers_load_them(tmp_path, words):
+    """Adapters in peft within 1e-5, the merged model in transformers within 1e-4; both from a checkpoint and from a folder of weights."""
+    import transformers
+    from peft import PeftModel
+
+    plan, model, path = tuned_checkpoint(tmp_path, words)
+    count = adapters.save(path, plan, tmp_path / "hf", tmp_path / "adapter")
+    assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(1))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        ours = model(tokens)
+        adapted = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()(tokens).logits
+        torch.testing.assert_close(adapted, ours, atol=1e-5, rtol=1e-5)
+        for number, base in enumerate((tmp_path / "hf", tmp_path / "base" / "step-00000000")):
+            adapters.merge(path, plan, base, tmp_path / f"merged{number}", None)
+            merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"merged{number}", dtype=torch.float32,
+                                                                       attn_implementation="eager").eval()  # fmt: skip
+            torch.testing.assert_close(merged(tokens).logits, ours, atol=1e-4, rtol=1e-4)
