@@ -3,6 +3,7 @@
 Every function takes a plan's model, or arrays of models' values under the same names, and returns the same kind.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 FP32 = 4
@@ -133,6 +134,38 @@ def flops_per_token(model: Any, seq_len: Any) -> Any:
     everywhere in foretold is in this convention.
     """
     return 6 * matmul_parameters(model) + 6 * (model.layers + model.mtp) * seq_len * (query_width(model) + value_width(model))
+
+
+def adapted(model: Any, targets: Collection[str]) -> list[tuple[str, float, float, float]]:
+    """The matrices of these names: name, inputs, outputs, and how many blocks have it; routed experts have none."""
+    h, latent, mixed = model.hidden, model.mla, expert_layers(model)
+    if latent.kv_rank:
+        wide = model.heads * (model.head_dim + latent.rope)
+        found = [("q_a_proj", h, latent.q_rank), ("q_b_proj", latent.q_rank, wide)] if latent.q_rank else [("q_proj", h, wide)]
+        found += [("kv_a_proj_with_mqa", h, latent.kv_rank + latent.rope), ("kv_b_proj", latent.kv_rank, 2 * model.heads * model.head_dim)]
+    else:
+        found = [("q_proj", h, query_width(model)), *((name, h, model.kv_heads * model.head_dim) for name in ("k_proj", "v_proj"))]
+    each = [(*one, model.layers) for one in (*found, ("o_proj", value_width(model), h))]
+    for width, count in ((model.ffn, model.layers - mixed), (model.moe.shared * model.moe.ffn, mixed)):
+        ways = [("up_proj", h, width), ("down_proj", width, h), *([("gate_proj", h, width)] if model.gated else [])]
+        each += [(*one, count) for one in ways if width * count]
+    return [one for one in each if one[0] in targets]
+
+
+def adapter_parameters(model: Any, targets: Collection[str], rank: float) -> Any:
+    """r (inputs + outputs) of every adapted matrix (Hu et al. 2021, section 4.1).
+
+    >>> from conf.program import load
+    >>> adapter_parameters(load(["model=llama3_8b"]).model, ["q_proj", "v_proj"], 16)
+    6815744
+    """
+    return sum(rank * (inputs + outputs) * count for _, inputs, outputs, count in adapted(model, targets))
+
+
+def tuned_flops_per_token(model: Any, seq_len: Any, adapters: Any) -> Any:
+    """Model FLOPs of training so many parameters of adapters on a frozen model: 4 P, since frozen matrices have no gradient, attention
+    as ever, and 6 a parameter of the adapters."""
+    return flops_per_token(model, seq_len) - 2 * matmul_parameters(model) + 6 * adapters
 
 
 def state_bytes(model: Any) -> Any:

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from conf.duration import Lasting
 from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, Node, say
@@ -698,8 +698,9 @@ class Plan(Node):
     def tuned(self) -> "Plan":
         """The plan whose training is this one's fine-tuning: its own steps, batch and rate on whole conversations, and the same mesh."""
         own = ("steps", "seq_len", "global_batch", "micro_batch", "learning_rate", "warmup")
-        fixed = {"packing": "best_fit", "document_mask": True, "first_batch": None, "stop_after": None}
-        train = dataclasses.replace(self.train, **{name: getattr(self.finetune, name) for name in own}, **fixed)
+        said: dict[str, Any] = {name: getattr(self.finetune, name) for name in own}
+        said |= {"packing": "best_fit", "document_mask": True, "first_batch": None, "stop_after": None}
+        train = dataclasses.replace(self.train, **said)
         data, failures = dataclasses.replace(self.data, mixture=[]), dataclasses.replace(self.failures, script=[])
         return dataclasses.replace(self, train=train, data=data, failures=failures)
 

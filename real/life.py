@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
+from conf.arithmetic import flops_per_token, tuned_flops_per_token
 from conf.corpus import SHARD, files
 from conf.errors import Refused
 from conf.files import sweep, write
@@ -250,15 +251,20 @@ class Life:
         first = self.place is None or self.place.number == 0
         rows, events = (read_all(self.folder, file) for file in ("ledger", "events"))
         quantities = summary(self.plan if first else self.part, rows, events)
-        return summarise(self.folder, self.plan.id, "real", quantities | _tuned(self.folder / TUNED))
+        return summarise(self.folder, self.plan.id, "real", quantities | _tuned(self.folder / TUNED, self.plan))
 
 
-def _tuned(folder: Path) -> dict[str, float | Value]:
-    """Quantities of the fine-tuning, by its own name."""
-    told = read_summary(folder)
-    quantities = told["quantities"] if told else {}
-    return {name.replace("pretrain.", "finetune."): Value(q["value"], q["low"], q["high"]) for name, q in quantities.items()
-            if name.startswith("pretrain.")}  # fmt: skip
+def _tuned(folder: Path, plan: Plan) -> dict[str, float | Value]:
+    """Quantities of the fine-tuning, by its own name; MFU counts the FLOPs of what was trained."""
+    summed = read_summary(folder)
+    if summed is None:
+        return {}
+    found = {name: Value(q["value"], q["low"], q["high"]) for name, q in summed["quantities"].items()}
+    told: dict[str, float | Value] = {n.replace("pretrain.", "finetune."): value for n, value in found.items() if n.startswith("pretrain.")}
+    if plan.finetune.adapters and "pretrain.mfu" in found:
+        ways = flops_per_token(plan.model, plan.finetune.seq_len), found["pretrain.parameters"].value
+        told["finetune.mfu"] = found["pretrain.mfu"].value * tuned_flops_per_token(plan.model, plan.finetune.seq_len, ways[1]) / ways[0]
+    return told | {"finetune.seconds": found["run.wall_clock"], "finetune.cost": found["run.cost"]}
 
 
 def measured(name: str, manifest: Manifest) -> dict[str, float]:

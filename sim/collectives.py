@@ -6,7 +6,7 @@ import numpy as np
 
 from conf.arithmetic import embedding_parameters, expert_layers, layers_parameters, query_width, routed_parameters, value_width
 from sim.kernels import Array, Device, some
-from sim.memory import held
+from sim.memory import adapters_held, held
 from sim.network import Network
 
 
@@ -104,4 +104,8 @@ def sharding(p: Any, network: Network, layers: Array, micro_batches: Array) -> A
     reduce = layers * _exchange(p, network, "reduce_scatter", kept) + _ends_exchange(p, network, "reduce_scatter", kept)
     shard = (held(p) / (p.dp_shard * p.cp)) * 4
     trained = np.where(p.frozen, (p.zero == 3) * gather, gather + reduce)
+    if some(p.rank):
+        shard = 4 * adapters_held(p)
+        trained = trained + network.collective("reduce_scatter", "dp_shard", shard)
+        return np.asarray(trained + network.collective("all_reduce", "dp_replicate", shard / p.dp_shard))
     return np.asarray(trained + ~p.frozen * network.collective("all_reduce", "dp_replicate", shard))

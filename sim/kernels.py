@@ -17,7 +17,7 @@ arrays over plans.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -329,6 +329,7 @@ class Work:
     chain: Any = None  # FLOPs of the longest row, which is one unit's
     times: Any = 1
     fused: float = 1.0  # share of the bytes that fused code moves
+    trained: bool = False  # whether its weights are trained beside frozen ones
 
     @property
     def single(self) -> bool:
@@ -336,7 +337,7 @@ class Work:
         return bool(self.products) or self.chain is not None
 
     def __mul__(self, times: Any) -> "Work":
-        return Work(self.kind, self.flops, self.bytes, self.launches, self.products, self.chain, self.times * times, self.fused)
+        return replace(self, times=self.times * times)
 
 
 def matmul(m: Any, n: Any, k: Any, size: Any, stage: str, matrices: Any = 1, launches: Any = 1) -> Work:

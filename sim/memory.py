@@ -93,6 +93,11 @@ def held(p: Any) -> Array:
     return np.asarray((parameters(p) - routed) / p.tp / p.pp + routed / p.ep / p.etp * stage)
 
 
+def adapters_held(p: Any) -> Any:
+    """Parameters of adapters on a tensor- and pipeline-parallel rank."""
+    return sum(p.rank * (inputs + outputs) * count for inputs, outputs, count in p.thin) * p.layers / p.pp
+
+
 def memory(p: Any) -> Memory:
     """Memory of each plan; `p` holds the plans' values as arrays that broadcast (see sim.parallel)."""
     kinds = []
@@ -143,7 +148,8 @@ def _sharded(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Mom
     """
     alone, size, several = np.equal(p.pp, 1), p.size, np.greater(p.accumulation, 1)
     table, head, unit = stage.tables * block.table, stage.own_head, block.largest + block.routed
-    state, shard = np.where(p.frozen, size, FP32 + p.moments) * stage.shard, FP32 / stage.spread * alone  # adapters are small
+    adapters = (2 * FP32 + p.moments) * adapters_held(p) / stage.spread  # with their gradients
+    state, shard = np.where(p.frozen, size, FP32 + p.moments) * stage.shard + adapters, FP32 / stage.spread * alone
     added = several * FP32 * stage.held
     added = added - ~stage.steady * np.minimum(added, stage.a_pass)
     tied = size * (table - head) * (p.tied > 0)  # a tied table's gradient is whole until the end

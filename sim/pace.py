@@ -37,9 +37,9 @@ class Pace:
         return replace(self, step_time=self.step_time * factor, evaluate=self.evaluate * factor, mfu=mfu, tokens_per_s=rate)
 
 
-def paces(plans: Sequence[Plan]) -> list[Pace]:
-    """The step model's answer for each plan."""
-    s = steps(plans)
+def paces(plans: Sequence[Plan], adapters: bool = False) -> list[Pace]:
+    """The step model's answer for each plan; with `adapters` for one whose model is frozen but for them."""
+    s = steps(plans, adapters)
     names = ("compute", "communication", "bubble", "optimizer")
     seconds = np.stack([getattr(s, name) for name in names])
     found = []
@@ -57,9 +57,9 @@ def _fullness(plan: Plan) -> float:
     return plan.samples(steps) / (steps * plan.train.global_batch) if steps else 1.0
 
 
-def pace(plan: Plan) -> Pace:
+def pace(plan: Plan, adapters: bool = False) -> Pace:
     """The step model's answer for one plan."""
-    return paces([plan])[0]
+    return paces([plan], adapters)[0]
 
 
 def uncertain(plan: Plan, lives: int, error: float) -> list[float]:

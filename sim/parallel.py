@@ -7,7 +7,7 @@ Arrays of plans in, arrays out; one plan is an array of length 1.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from operator import attrgetter
 from statistics import NormalDist
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from conf.arithmetic import (
+    adapted,
     attention_matrices,
     expert_layers,
     flops_per_token,
@@ -27,7 +28,7 @@ from conf.arithmetic import (
 from conf.plan import Plan
 from sim.collectives import context_traffic, experts_shown, gathers, message, sharding, tensor_traffic
 from sim.kernels import Array, Device, Work, attention, matmul, moved, rates, some
-from sim.memory import MOMENTS, held, memory
+from sim.memory import MOMENTS, adapters_held, held, memory
 from sim.network import Network
 from sim.schedule import PARTED, V_SHAPED
 
@@ -69,9 +70,9 @@ class Steps:
         return np.broadcast_to(memory(self.plans).total, self.step_time.shape)
 
 
-def columns(plans: Sequence[Plan]) -> Any:
+def columns(plans: Sequence[Plan], adapters: bool = False) -> Any:
     """The numbers of the plans that the model needs, under the plan's names: arrays, or one number where all have the same,
-    because arithmetic on a number costs next to nothing."""
+    because arithmetic on a number costs next to nothing. With `adapters` (of one plan) the model is frozen but for them."""
 
     def gather(pick: Callable[[Plan], Any]) -> Any:
         found = [float(pick(plan)) for plan in plans]
@@ -114,19 +115,27 @@ def columns(plans: Sequence[Plan]) -> Any:
         "gathered": np.array([p.mesh.cp_kind == "gather" for p in plans]),
         "once": np.array([p.mesh.dispatch == "tokens" for p in plans]),
         "overlap_experts": np.array([p.mesh.overlap_experts for p in plans]),
-        "frozen": np.zeros(len(plans), bool),  # weights that have no gradient, as under low-rank adapters
+        "frozen": np.full(len(plans), adapters),  # weights that have no gradient, as under low-rank adapters
     }
+    values |= {"rank": plans[0].finetune.rank, "thin": _thin(plans[0])} if adapters else {"rank": 0, "thin": []}
     return SimpleNamespace(**values, **flags, moe=moe, mla=mla)
+
+
+def _thin(plan: Plan) -> list[tuple[float, float, float]]:
+    """Inputs, outputs and number a block of the matrices with adapters, on a tensor-parallel rank."""
+    rows, tp = ("o_proj", "down_proj"), plan.mesh.tp
+    return [(inputs / (tp if name in rows else 1), outputs / (1 if name in rows else tp), count / plan.model.layers)
+            for name, inputs, outputs, count in adapted(plan.model, plan.finetune.targets)]  # fmt: skip
 
 
 def _degree(axis: str, plan: Plan) -> int:
     return plan.axes[axis]
 
 
-def steps(plans: Sequence[Plan]) -> Steps:
-    """Predict the step of every plan."""
+def steps(plans: Sequence[Plan], adapters: bool = False) -> Steps:
+    """Predict the step of every plan; with `adapters` of one whose model is frozen but for them."""
     device = Device([rates(plan) for plan in plans])
-    return predict(columns(plans), device, Network(plans, device))
+    return predict(columns(plans, adapters), device, Network(plans, device))
 
 
 def predict(p: Any, device: Device, network: Network) -> Steps:
@@ -288,7 +297,15 @@ def block_work(p: Any, stage: str) -> list[Work]:
     eager, fused, old = ADDS[stage]
     adds = np.where(p.compiled, np.where(p.fused_attention > 0, fused, old), eager)
     work.append(moved("add", tokens * h / p.tp, size, "forward") * adds)
+    work += [part for inputs, outputs, count in p.thin for part in _adapter(p, tokens, inputs, outputs, count, stage)]
     return [part for part in work if some(part.times)]  # what none of the plans does costs nothing
+
+
+def _adapter(p: Any, tokens: Any, inputs: float, outputs: float, count: float, stage: str) -> list[Work]:
+    """Two thin products beside a matrix, scaled and added to its outputs; backward the gradients of both and of their input."""
+    thin = [matmul(tokens, p.rank, inputs, p.size, stage), matmul(tokens, outputs, p.rank, p.size, stage)]
+    wide = moved("add", tokens * (outputs if stage == "forward" else inputs), p.size, "forward") * 2
+    return [replace(part, trained=True) * count for part in (*thin, wide)]
 
 
 def _operands(p: Any) -> Any:
@@ -329,7 +346,7 @@ def _spent(p: Any, device: Device) -> dict[str, Array]:
     parts |= {f"ends.{stage}": _ends(p, stage) for stage in ("forward", "backward")}
     works = [work for part in parts.values() for work in part]
     kept, plain = np.where(p.frozen, 0.5, 1.0), ~p.compiled  # of two products frozen weights need the input's gradient alone
-    share = [kept if len(work.products) > 1 else work.fused + (1 - work.fused) * plain for work in works]
+    share = [kept if len(work.products) > 1 and not work.trained else work.fused + (1 - work.fused) * plain for work in works]
     times = device["composition"] * device.each(works, share)
     stops = np.cumsum([len(part) for part in parts.values()])
     rows = dict(zip(parts, np.split(np.arange(len(works)), stops[:-1]), strict=True))
@@ -373,16 +390,17 @@ def _ends(p: Any, stage: str) -> list[Work]:
 def _accumulate(p: Any, device: Device, weights: Array) -> Array:
     """Adding a micro-batch's weight gradients to those before, and clearing: a pass over all of them, which may ride on
     the products that make them."""
-    again = (p.accumulation - 1) / p.accumulation * ~p.frozen
-    added = device.seconds(moved("add", held(p), 4.0, "forward"))
+    again = (p.accumulation - 1) / p.accumulation
+    added = device.seconds(moved("add", np.where(p.frozen, adapters_held(p), held(p)), 4.0, "forward"))
     return np.asarray(again * np.where(p.fused_gradients, np.maximum(0.0, added - weights), added))
 
 
 def _optimizer(p: Any, device: Device) -> Array:
     """Clipping and AdamW on this rank's shard, fp32: nine tensors a block, the last norm and the tables."""
-    tensors = 9 * p.layers / p.pp + 3 - p.tied
-    shard = np.where(p.zero > 0, parameters(p) / (p.pp * p.tp * p.dp_shard * p.cp), held(p))
-    return np.asarray(~p.frozen * (tensors * device["optimizer_tensor"] + device.seconds(moved("optimizer", shard, 4.0, "step"))))
+    tensors = np.where(p.frozen, 2 * len(p.thin) * p.layers / p.pp, 9 * p.layers / p.pp + 3 - p.tied)
+    whole, spread = np.where(p.frozen, adapters_held(p), held(p)), np.where(p.zero > 0, p.dp_shard * p.cp, 1)
+    shard = np.where(p.frozen | (p.zero == 0), whole / spread, parameters(p) / (p.pp * p.tp * p.dp_shard * p.cp))
+    return np.asarray(tensors * device["optimizer_tensor"] + device.seconds(moved("optimizer", shard, 4.0, "step")))
 
 
 def _units(p: Any, device: Device, layers: Array) -> Array:
