@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: run test test-all lint types bench chaos gpu clean
+.PHONY: run test test-slow test-all lint types bench chaos gpu clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "foretold needs Python 3.11 or newer, this is " + sys.version'
@@ -22,11 +22,16 @@ run: $(READY)
 	$(BIN)/foretold analysis compare
 	$(BIN)/foretold analysis report
 
-test: $(READY)
-	$(BIN)/pytest -m 'not slow and not gpu'
+# Two processes: one for the tests that start ranks, one after the other, one for all others (tests/conftest.py).
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 
-test-all: $(READY)
-	$(BIN)/pytest -m 'not gpu'
+test: $(READY)
+	$(PYTEST) -m 'not slow and not gpu'
+
+test-slow: $(READY)
+	$(PYTEST) -m 'slow and not gpu'
+
+test-all: test test-slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -72,3 +72,14 @@ def foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
         return status, out, err
 
     return run
+
+
+# Tests of these files start ranks, which share the cores and the ports of the machine: one worker runs them all, the other the rest.
+RANKS = ("bad_input", "chaos", "compare", "data", "launch", "memory", "mesh", "partition", "precision", "replicas", "reshard", "resume",
+         "runs", "slurm", "survive", "tiny", "traffic", "traffic_time", "watch")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in RANKS:
+            item.add_marker(pytest.mark.xdist_group("ranks"))
