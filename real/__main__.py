@@ -98,7 +98,7 @@ def _main(args: list[str]) -> int:
     if not _leads():
         from real.cluster import follow
 
-        return follow(part)
+        return follow()
     if fresh:
         from real import tiers
 

@@ -6,6 +6,7 @@ do together. The others follow: they wait for that, on any number of servers, fo
 
 import ctypes
 import faulthandler
+import itertools
 import json
 import multiprocessing
 import os
@@ -104,7 +105,7 @@ def _first_in_trouble() -> bool:
         return True
 
 
-def follow(plan: Plan) -> int:
+def follow() -> int:
     """Do what the first rank gives out, until it gives its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would see it only after the wait
     store, number = _store(), 0
@@ -114,11 +115,10 @@ def follow(plan: Plan) -> int:
         given = pickle.loads(store.get(f"work {number}"))
         if isinstance(given, int):
             return given
-        work, arguments = given
-        _rank(plan, work, arguments)
+        _rank(*given)
 
 
-def _give(what: int | tuple[Work, tuple[Any, ...]]) -> None:
+def _give(what: int | tuple[Plan, Work, tuple[Any, ...]]) -> None:
     """To the ranks that follow: work, or the exit status of them all."""
     store = _store()
     store.set(f"work {store.add('given', 1)}", pickle.dumps(what))
@@ -211,7 +211,7 @@ def launch(plan: Plan, folder: Path, work: Work, *arguments: Any) -> Any:
     Raises Refused with what a rank refused.
     """
     if under_torchrun():
-        _give((work, arguments))
+        _give((plan, work, arguments))
         return _rank(plan, work, arguments)
     crew = Crew(plan, range(plan.ranks), Pulse(plan.ranks), folder, work, *arguments)
     try:
@@ -265,6 +265,9 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
+_groups = itertools.count()  # process groups that this process has begun: one for each work that is given out
+
+
 def _rank(plan: Plan, work: Work, arguments: tuple[Any, ...], watched: bool = False) -> Any:
     """One rank's life: device, process group, work, tidy end; `watched` by whoever started it."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # lines are flushed step by step: nothing is lost
@@ -277,7 +280,8 @@ def _rank(plan: Plan, work: Work, arguments: tuple[Any, ...], watched: bool = Fa
     if plan.ranks > 1 or plan.train.precision != "fp32":  # lower precision is FSDP's, on one rank too
         backend = "cpu:gloo,cuda:nccl" if plan.gpu.kind == "cuda" else "gloo"
         patience = timedelta(seconds=(2 if watched else 1) * plan.failures.start_timeout)  # whoever watches is sooner
-        dist.init_process_group(backend, store=_store(), rank=rank(), world_size=plan.ranks, timeout=patience)
+        table = dist.PrefixStore(f"group {next(_groups)}", _store())  # nothing of an earlier one is in it
+        dist.init_process_group(backend, store=table, rank=rank(), world_size=plan.ranks, timeout=patience)
     told = work(plan, *arguments)
     if dist.is_initialized():
         dist.barrier()

@@ -16,7 +16,8 @@ ALONE = {
     "sim": {"story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
             "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
-        "archive", "attention", "bigram", "bpe", "buddy", "contamination", "data", "dry", "engine", "filters", "fp8", "frontier",
+        "adapters", "archive", "attention", "bigram", "bpe", "buddy", "chats", "contamination", "data", "dry", "engine", "filters", "fp8",
+        "frontier", "objectives",
         "guard", "heartbeat", "huggingface", "initial", "integrity", "language", "layers", "lineage", "loss", "maintext", "measure",
         "minhash", "model", "moe", "muon", "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress",
         "remote", "resume", "shards", "slurm", "stability", "stage", "storage", "straggler", "substring", "tiers", "trainer", "urls",

@@ -1,24 +1,38 @@
 """Fine-tuning: what is learned of a conversation, adapters on every mesh, and what peft and transformers make of them."""
 
+import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from conf.arithmetic import adapter_parameters, flops_per_token, tuned_flops_per_token
 from conf.errors import Refused
 from conf.program import load
+from conf.record import read
 from real import adapters, chats, checkpoint, huggingface
 from real.adapters import Adapted, adapt
 from real.chats import Template, conversation
 from real.data import Chats, batch_of
 from real.initial import initialise
+from real.layers import Linear
 from real.loss import IGNORED
 from real.model import Decoder
 from real.optim import Optimizer
+from sim.finetune import finetune
+from sim.pace import pace
 from tests.worlds import Outcome, outcome, plan_of
 
+ROOT = Path(__file__).parents[1]
 CHATS = [
     {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the cat sees"},
                   {"role": "assistant", "content": "a dog"}, {"role": "user", "content": "and then"},
@@ -158,6 +172,85 @@ def test_bad_files_are_one_line(tmp_path, tiny, foretold, talks):
     assert status == 2 and f"{bad}, line 5: it has text" in err and err.strip().count("\n") == 0
     status, _, err = foretold("real", *common, f"finetune.data={talks}", "only=finetune", "seed=9")
     assert status == 2 and "holds no pre-trained model to fine-tune" in err
+
+
+def losses(home):
+    rows = read(home / "finetune", "ledger")
+    return {row["step"]: row["value"] for row in rows if row["quantity"] == "loss"}
+
+
+def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path, tiny, talks):
+    """SIGKILL of all processes within the fine-tuning; the same command goes on, base and adapters as they were."""
+    words = [*tiny, *ONE, *TUNE, f"finetune.data={talks}", "checkpoint.every=2", "finetune.steps=12", "runs=killed"]
+    command = [sys.executable, "-m", "real"]
+    common = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([*command, *words], start_new_session=True, **common)
+    try:
+        while process.poll() is None and not list(tmp_path.glob("killed/*/real/finetune/checkpoints/step-00000004/manifest.json")):
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for run in ("killed", "whole"):
+        subprocess.run([*command, *words[:-1], f"runs={run}"], check=True, **common)
+    killed, whole = (next((tmp_path / run).iterdir()) / "real" for run in ("killed", "whole"))
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 12
+    one, other = (load_file(home / "finetune" / "adapter" / "adapter_model.safetensors") for home in (killed, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_under_torchrun_it_is_the_same(tmp_path, tiny, talks):
+    words = [*tiny, *ONE, *TUNE, f"finetune.data={talks}"]
+    own = [sys.executable, "-m", "real"]
+    other = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "real"]
+    for name, command in (("own", own), ("torchrun", other)):
+        subprocess.run([*command, *words, f"runs={name}"], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                       capture_output=True)  # fmt: skip
+    assert losses(next((tmp_path / "own").iterdir()) / "real") == losses(next((tmp_path / "torchrun").iterdir()) / "real")
+
+
+def test_a_base_of_another_model_is_refused(tmp_path, tiny, foretold, talks):
+    assert foretold("real", *tiny, *ONE)[0] == 0
+    base = next((tmp_path / "runs").iterdir()) / "real"
+    status, _, err = foretold("real", *tiny, *TUNE, f"finetune.data={talks}", "only=finetune", f"start={base}", "model.hidden=64")
+    assert status == 2 and "is of another model" in err and "lora" not in err
+    status, out, err = foretold("real", *tiny, *TUNE, f"finetune.data={talks}", "only=finetune", f"start={base}", "finetune.method=full")
+    assert status == 0 and "finetune.final_loss" in out, err
+
+
+# -- foretold
+
+
+def test_what_adapters_take_is_their_own(tmp_path, tiny):
+    """No factor for them: with every narrower adapter time and memory come nearer to those of a frozen model; less than full training."""
+    common = ["experiment=llama3_8b", "finetune.global_batch=4096", "finetune.seq_len=4096"]
+    frozen, full = load(["experiment=llama3_8b"]), load([*common, "finetune=full"])
+    ranks = [load([*common, "finetune=lora", f"finetune.rank={rank}"]) for rank in (8, 64, 512)]
+    times, sizes = zip(*((one.step_time, one.memory) for one in (pace(plan.tuned, adapters=True) for plan in ranks)), strict=True)
+    assert times[0] < times[1] < times[2] and sizes[0] < sizes[1] < sizes[2] < pace(full.tuned).memory
+    assert times[0] < pace(full.tuned).step_time
+    assert frozen.id == load(["experiment=llama3_8b"]).id and "finetune.step_time" not in finetune(frozen)
+
+
+def test_flops_of_adapters():
+    """Four a frozen parameter and token and six an adapter's, against six: 0.67 of full training for a narrow one."""
+    model = load(["model=llama3_8b"]).model
+    whole = flops_per_token(model, 1)
+    assert tuned_flops_per_token(model, 1, 0) / whole == pytest.approx(2 / 3, rel=1e-3)
+    assert tuned_flops_per_token(model, 1, 1e9) - tuned_flops_per_token(model, 1, 0) == pytest.approx(6e9)
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "tiny_qwen3_moe", "tiny_deepseek_v3"])
+def test_their_parameters_are_counted_alike_by_both(name):
+    targets = ["q_proj", "o_proj", "kv_b_proj", "up_proj", "down_proj"] if "deepseek" in name else ["q_proj", "v_proj", "o_proj"]
+    plan = load([f"model={name}", "finetune=lora", f"finetune.targets=[{','.join(targets)}]"], rules=lambda _: [])
+    with torch.device("meta"):
+        model = Decoder(plan.model)
+    held = {path.split(".")[-1] for path, module in model.layers.named_modules() if isinstance(module, Linear)}
+    tune = dataclasses.replace(plan.finetune, targets=[target for target in targets if target in held])
+    adapt(model, tune)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == adapter_parameters(plan.model, tune.targets, tune.rank)
 
 
 # -- adapters

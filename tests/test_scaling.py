@@ -99,13 +99,13 @@ def test_its_bootstrap():
 
 @pytest.mark.slow
 def test_intervals_cover_the_truth():
-    """95% of the intervals of alpha hold the true one, over 300 ladders; few runs make a bootstrap a little too sure."""
+    """95% of the intervals of alpha hold the true one, over 300 ladders (93 to 97% asked; 600 ladders: LOG.md, 2026-11-30)."""
     inside = 0
     for seed in range(300):
         samples = fit(made(noise=0.005, seed=seed, sizes=15, budgets=9), bootstrap=200, seed=seed).samples
         low, high = np.quantile(samples[:, 3], [0.025, 0.975])
         inside += low <= TRUE[3] <= high
-    assert 0.90 <= inside / 300 <= 0.985
+    assert 0.93 <= inside / 300 <= 0.98
 
 
 # -- other forms
