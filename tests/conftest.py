@@ -75,8 +75,8 @@ def foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
 
 
 # Tests of these files start ranks, which share the cores and the ports of the machine: one worker runs them all, the other the rest.
-RANKS = ("bad_input", "chaos", "compare", "data", "finetune", "launch", "memory", "mesh", "partition", "precision", "replicas", "reshard", "resume",
-         "runs", "slurm", "survive", "tiny", "traffic", "traffic_time", "watch")  # fmt: skip
+RANKS = ("bad_input", "chaos", "compare", "data", "finetune", "launch", "memory", "mesh", "partition", "precision", "replicas", "reshard",
+         "resume", "runs", "slurm", "survive", "tiny", "traffic", "traffic_time", "watch")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
