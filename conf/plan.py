@@ -588,7 +588,10 @@ class Law(Node):
 class Finetune(Node):
     """Supervised fine-tuning of the model that pre-training, or `start`, leaves; with method none the stage is off."""
 
-    method: str = say("none = no fine-tuning; full = every parameter; lora = adapters on a frozen base", must=("none", "full", "lora"))
+    method: str = say(
+        "none = no fine-tuning; full = every parameter; lora = adapters on a frozen base; qlora = on one in 4 bits",
+        must=("none", "full", "lora", "qlora"),
+    )
     data: Optional[str] = say(
         "JSON Lines file of conversations: messages of role and content, prompt and completion, or question and answer"
     )
@@ -607,7 +610,7 @@ class Finetune(Node):
 
     @property
     def adapters(self) -> bool:
-        return self.method == "lora"
+        return self.method in ("lora", "qlora")
 
 
 @dataclass(kw_only=True)

@@ -197,7 +197,7 @@ def _export(plan: Plan, folder: Path, target: Path, options: Mapping[str, str]) 
     from real import checkpoint, finetune, huggingface
 
     if plan.finetune.method != "none" and "finetune" in _parts(options["only"]):
-        path, size = finetune.export(folder / TUNED, _source(options["start"]), plan, target)
+        path, size = finetune.export(folder / TUNED, plan, target)
         print(f"{path.name} of {path.parent.parent} is in {target}: {huggingface.family(plan.model)}, {show(size, 'B')}")
         return 0
     path, _ = checkpoint.find(_source(options["start"]) or folder)

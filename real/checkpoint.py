@@ -35,6 +35,7 @@ from real.stage import sha256
 
 # How a full disk shows: plainly, or as a file that torch's writer finds shorter than what it wrote.
 ADAPTER = (".lora_A", ".lora_B")  # how names of adapters end
+TUNED = (*ADAPTER, ".packed")  # and of all that no base has
 SHORT = ("No space left", "File too large", "Disk quota", "unexpected pos")
 
 
@@ -215,10 +216,10 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(m.size) for name, m in found.items() if isinstance(m, TensorStorageMetadata)}
 
 
-def read(into: dict[str, Tensor], path: Path) -> None:
-    """Fill tensors from a checkpoint by their names; each rank its own parts."""
+def read(into: dict[str, Tensor], path: Path, alone: bool = False) -> None:
+    """Fill tensors from a checkpoint by their names; each rank its own parts, or `alone` without the others."""
     with _quiet():
-        dcp.load(into, storage_reader=Reader(path), no_dist=not dist.is_initialized())
+        dcp.load(into, storage_reader=Reader(path), no_dist=alone or not dist.is_initialized())
 
 
 @contextmanager
@@ -245,10 +246,20 @@ def load_model(path: Path, parts: Sequence[Decoder]) -> None:
     """
     named = {canonical(part, name): p.detach() for part in parts for name, p in part.named_parameters()}
     named |= {name: b for part in parts for name, b in part.named_buffers() if name.endswith("correction_bias")}
-    _read_alike({f"model.{name}": tensor for name, tensor in named.items() if not name.endswith(ADAPTER)}, path)
+    _read_alike({f"model.{name}": tensor for name, tensor in named.items() if not name.endswith(TUNED)}, path)
 
 
-def _read_alike(wanted: dict[str, Tensor], path: Path) -> None:
+def whole(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
+    """One matrix of a checkpoint, on this rank alone.
+
+    Raises Refused where it has another shape.
+    """
+    found = torch.empty(shape)
+    _read_alike({f"model.{name}": found}, path, alone=True)
+    return found
+
+
+def _read_alike(wanted: dict[str, Tensor], path: Path, alone: bool = False) -> None:
     there = shapes(path)
     wrong = [
         f"{name}: {there.get(name, 'absent')} in the checkpoint, {tuple(tensor.shape)} in the plan"
@@ -259,7 +270,7 @@ def _read_alike(wanted: dict[str, Tensor], path: Path) -> None:
         shown = [line for line in wrong if line.startswith("model.")][:8] or wrong[:8]
         said = f"{path} is of another model or optimizer, {len(wrong)} tensors differ; start from one of the plan's model"
         raise Refused(said, *shown)
-    read(wanted, path)
+    read(wanted, path, alone)
 
 
 def restore(parts: Sequence[Decoder], optimizer: Optimizer, step: int, reading: Callable[[dict[str, Tensor]], None]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.errors import Refused
+from conf.files import write
 from conf.plan import Plan
 from real import adapters, chats, checkpoint, huggingface, packing, stage
 from real.engine import engine
@@ -13,7 +14,7 @@ from real.engine import engine
 if TYPE_CHECKING:
     from real.life import Life
 
-ADAPTER = "adapter"
+ADAPTER, BASE = "adapter", "base"  # the adapters' folder, and the file that says what they are for
 
 
 def run(life: Life, home: Path, source: Path | None) -> None:
@@ -25,6 +26,7 @@ def run(life: Life, home: Path, source: Path | None) -> None:
     base = base_of(home, source)
     if tune.adapters and huggingface.family(plan.model) == "gpt2":
         raise Refused(f"finetune.method={tune.method}: GPT-2 keeps queries, keys and values in one matrix; set finetune.method=full")
+    write(life.folder / BASE, str(base))
     _tokens(life, tokenizer_of(base))
     life.train({}, base=base)
     path = checkpoint.complete(life.folder / "checkpoints")[-1]
@@ -33,10 +35,15 @@ def run(life: Life, home: Path, source: Path | None) -> None:
         life.say(f"adapters: {count:,} parameters in {life.folder / ADAPTER}, as PEFT has them")
 
 
-def export(home: Path, source: Path | None, plan: Plan, target: Path) -> tuple[Path, int]:
-    """The tuned model as Hugging Face's folder; returns the checkpoint it is of, and the bytes."""
+def export(home: Path, plan: Plan, target: Path) -> tuple[Path, int]:
+    """The tuned model as Hugging Face's folder; returns the checkpoint it is of, and the bytes.
+
+    Raises Refused where there is none, or its base has gone.
+    """
     path, _ = checkpoint.find(home)
-    base = base_of(home.parent, source)
+    base = Path((home / BASE).read_text())
+    if not base.is_dir():
+        raise Refused(f"{base}, which {path} was trained on, is not there any more; put it back")
     tokenizer = tokenizer_of(base)
     if plan.finetune.adapters:
         return path, adapters.merge(path, plan, base, target, tokenizer)

@@ -256,7 +256,12 @@ def load(folder: Path, model: Model, parts: Sequence[Decoder]) -> None:
 
     Raises Refused when a tensor is missing or has another shape.
     """
-    named = {canonical(part, name): p for part in parts for name, p in part.named_parameters() if not name.endswith(checkpoint.ADAPTER)}
+    named = {
+        canonical(part, name): p
+        for part in parts
+        for name, p in part.named_parameters()
+        if not name.endswith((*checkpoint.ADAPTER, ".packed"))
+    }
     named |= {name: b for part in parts for name, b in part.named_buffers() if name.endswith("correction_bias")}
     told = json.loads((folder / "config.json").read_text())
     interleaved = bool(told.get("rope_interleave", True)) and told["model_type"] == "deepseek_v3"
@@ -268,6 +273,19 @@ def load(folder: Path, model: Model, parts: Sequence[Decoder]) -> None:
             for name, whole in zip(link.ours, link.back([files.tensor(name) for name in link.theirs]), strict=True):
                 if name in named:
                     _fill(named[name], whole, name)
+
+
+def whole(folder: Path, model: Model, name: str, shape: tuple[int, int]) -> Tensor:
+    """One matrix of ours."""
+    told = json.loads((folder / "config.json").read_text())
+    interleaved = bool(told.get("rope_interleave", True)) and told["model_type"] == "deepseek_v3"
+    with ExitStack() as stack:
+        files = _Files(folder, stack)
+        link = next(link for link in links(model, [name], interleaved) if name in link.ours)
+        found = link.back([files.tensor(theirs) for theirs in link.theirs])[link.ours.index(name)]
+    if found.shape != shape:
+        raise Refused(f"{name} is {tuple(found.shape)} in the files, {shape} in the plan; choose the model's preset")
+    return found
 
 
 class _Files:

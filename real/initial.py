@@ -21,7 +21,8 @@ def initialise(model: Decoder, seed: int) -> None:
     embedding and head with 0.02; norms are ones, biases zeros.
     """
     for name, parameter in model.named_parameters():
-        draw(parameter, canonical(model, name), seed, model.shape.layers)
+        if not name.endswith(".packed"):
+            draw(parameter, canonical(model, name), seed, model.shape.layers)
     for buffer in model.buffers():
         buffer.zero_()
 
@@ -29,6 +30,13 @@ def initialise(model: Decoder, seed: int) -> None:
 def canonical(model: Decoder, name: str) -> str:
     """The name under which a parameter is drawn and saved: a tied head, alone on its stage, is the embedding."""
     return "embed_tokens.weight" if model.shape.tied and name == "lm_head.weight" else name
+
+
+def drawn(name: str, shape: tuple[int, int], seed: int, layers: int) -> Tensor:
+    """A whole matrix with its initial numbers."""
+    found = torch.empty(shape)
+    draw(found, name, seed, layers)
+    return found
 
 
 def draw(parameter: Tensor, name: str, seed: int, layers: int) -> None:

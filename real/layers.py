@@ -14,6 +14,10 @@ from conf.plan import Model
 from real.collectives import Line, gather, scatter
 from real.fp8 import product
 
+# Matrices cut by outputs, whose inputs every tensor-parallel rank has, and matrices cut by inputs, whose outputs are summed.
+COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+ROWS = ("o_proj", "down_proj")
+
 
 def own(parameter: Tensor) -> Tensor:
     """This rank's part, with the gradient going back to where it belongs."""

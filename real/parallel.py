@@ -13,21 +13,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from conf.errors import Refused
 from conf.plan import Plan
 from real import fp8
 from real.attention import Attend, Gathered, Ring, Ulysses, spread
 from real.collectives import Line
-from real.layers import Linear
+from real.layers import COLUMNS, ROWS, Linear
 from real.model import Attention, Decoder, LatentAttention
 from real.moe import Experts, Mixture
 from real.timeline import Timeline
 
-# Matrices cut by outputs, whose inputs every tensor-parallel rank has, and matrices cut by inputs, whose outputs are summed.
-COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
-ROWS = ("o_proj", "down_proj")
 # The one value that is executed, where sim predicts others: other frameworks' ways.
 ONLY = {
     "model.mtp": 0, "mesh.etp": 1, "mesh.dispatch": "copies", "mesh.overlap_experts": False, "train.scaling": "tensor",
@@ -174,17 +171,17 @@ def _tensor(model: Decoder, axes: Axes) -> None:
             module.tp = axes.tp
         name = path.split(".")[-1]
         for key, parameter in list(module.named_parameters(recurse=False)):
-            cut = (
-                Shard(0)
-                if name in COLUMNS and key != "lora_A"
-                else Shard(1)
-                if name in ROWS and key in ("weight", "lora_A")
-                else Replicate()
-            )
-            setattr(module, key, nn.Parameter(distribute_tensor(parameter, mesh, [cut]), parameter.requires_grad))
+            setattr(module, key, nn.Parameter(distribute_tensor(parameter, mesh, [_cut(name, key)]), parameter.requires_grad))
         if name in ROWS and isinstance(module, Linear):
             module.bias_share = float(axes.tp.rank == 0)
     model.tie()
+
+
+def _cut(name: str, key: str) -> Placement:
+    """How tp cuts a parameter of a matrix: its outputs, its inputs, or not; the bytes of one in four bits are each rank's own."""
+    if key == "packed" or (name in COLUMNS and key != "lora_A"):
+        return Shard(0)
+    return Shard(1) if name in ROWS and key in ("weight", "lora_A") else Replicate()
 
 
 def _context(model: Decoder, plan: Plan, axes: Axes) -> None:
@@ -213,7 +210,7 @@ def _eighths(model: Decoder, axes: Axes) -> None:
     """Matrix products of the blocks in fp8, where this rank's part has a shape that the kernels take."""
     tp = axes.tp.size if axes.tp else 1
     for path, module in model.layers.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) and module.weight is not None:
             name, (rows, columns) = path.split(".")[-1], module.weight.shape
             module.fp8 = fp8.fits(columns // (tp if name in ROWS else 1), rows // (tp if name in COLUMNS else 1))
 

@@ -20,6 +20,7 @@ from conf.plan import Plan
 from conf.record import Record
 from conf.units import show
 from real import bigram, checkpoint, optim, parallel, tiers
+from real.adapters import load_base
 from real.buddy import Buddy
 from real.cluster import rank
 from real.data import Chats, Order, Tokens, refuse_small, training, tuning
@@ -31,7 +32,7 @@ from real.power import meter
 from real.profile import Watched
 from real.progress import Progress
 from real.replica import Replicas
-from real.resume import begin, fill, led, newest, resume
+from real.resume import fill, led, newest, resume
 from real.stability import Decision, Guard
 from real.straggler import Scores
 from real.timeline import Timeline
@@ -101,7 +102,8 @@ class Training:
         self.held_out = _held_out(plan, start.folder / "tokens", Chats if start.base else Tokens)
         self.trainer = Trainer(plan, tokens, self.timeline, order, adapters=start.base is not None and plan.finetune.adapters)
         if start.base:
-            begin(start.base, plan, self.trainer)
+            with self.timeline.during("load"):
+                load_base(start.base, plan, self.trainer.parts, self.trainer.tp.rank if self.trainer.tp else 0)
         self.injector.attach(self.trainer.parts, self.trainer.optimizer.named)
         self.whole, self.tiers = whole, tiers.tiers(whole, start.folder)
         self.writers: dict[tiers.Tier, checkpoint.Writer | Buddy] = {

@@ -52,19 +52,6 @@ def fill(copy: Copy, plan: Plan, trainer: Trainer) -> None:
             huggingface.load(copy.path, plan.model, trainer.parts)
 
 
-def begin(base: Path, plan: Plan, trainer: Trainer) -> None:
-    """The weights that are fine-tuned; adapters are none of them.
-
-    Raises Refused when they are of another model.
-    """
-    with trainer.timeline.during("load"):
-        if (base / "config.json").is_file():
-            huggingface.refuse_other(base, plan.model)
-            huggingface.load(base, plan.model, trainer.parts)
-        else:
-            checkpoint.load_model(base, trainer.parts)
-
-
 def resume(plan: Plan, trainer: Trainer, folder: Path, source: Path | None, record: Record, buddies: Sequence[Buddy] = ()) -> int:
     """Load the newest copy of this plan, else what the run is to start from; returns the steps that it holds."""
     copy = newest(plan, folder, buddies, source=source)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from conf.plan import Plan
 from real import optim, parallel
-from real.adapters import adapt
+from real.adapters import adapt, fill
 from real.cluster import device
 from real.data import Batch, Batches, Blend, Order, Streams, Tokens, batch_of, token_bytes
-from real.initial import initialise
+from real.initial import drawn, initialise
 from real.loss import IGNORED, loss_sum
 from real.model import Decoder
 from real.moe import balance, weigh
@@ -51,7 +51,7 @@ def laid_out(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stage: 
             first, last = stage == 0, stage == plan.mesh.pp * plan.mesh.vpp - 1
             model = Decoder(plan.model, plan.train.recompute, layers_of(plan, stage), first, last, plan.train.recompute_share)
         if adapters:
-            adapt(model, plan.finetune)
+            adapt(model, plan)
     if axes is not None:
         parallel.apply(model, plan, axes, timeline)
     elif plan.train.compile:
@@ -67,6 +67,7 @@ def filled(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stages: S
         part.to_empty(device=device(plan))
         part.tie()
         initialise(part, plan.seed)
+        fill(part, partial(drawn, seed=plan.seed, layers=plan.model.layers), axes.at["tp"] if axes else 0)
     return parts
 
 

@@ -71,12 +71,16 @@ def message(p: Any) -> Array:
 
 def gathers(p: Any, network: Network, layers: Array) -> Array:
     """All-gathers of the parameters for one forward pass."""
-    return layers * _exchange(p, network, "all_gather", p.size) + _ends_exchange(p, network, "all_gather", p.size)
+    return layers * _exchange(p, network, "all_gather", p.size, p.stored) + _ends_exchange(p, network, "all_gather", p.size)
 
 
-def _exchange(p: Any, network: Network, kind: str, size: Any) -> Array:
-    """A collective over the shards of one block: the ranks of dp_shard and cp, and for experts those that hold the same ones."""
-    common = network.ring(kind, p.dp_shard * p.cp, p.tp, layers_parameters(p) / p.layers / p.tp * size)
+def _exchange(p: Any, network: Network, kind: str, size: Any, stored: Any = None) -> Array:
+    """A collective over the shards of one block: the ranks of dp_shard and cp, and for experts those that hold the same ones.
+
+    `size` are bytes of a parameter, `stored` those of one that is no routed expert's, where they differ.
+    """
+    each = size if stored is None else stored
+    common = network.ring(kind, p.dp_shard * p.cp, p.tp, layers_parameters(p) / p.layers / p.tp * each)
     if not some(p.moe.experts):
         return common
     holders, routed = p.dp_shard * p.cp * p.tp / p.ep / p.etp, routed_parameters(p) / p.layers / p.ep / p.etp
@@ -99,7 +103,8 @@ def sharding(p: Any, network: Network, layers: Array, micro_batches: Array) -> A
     """
     passes = np.where((p.pp > 1) | (p.zero < 2), 1, np.where(p.zero == 3, 2, 1) * micro_batches)
     ends = np.where((p.pp > 1) | (p.zero < 2), 1, micro_batches)
-    gather = passes * layers * _exchange(p, network, "all_gather", p.size) + ends * _ends_exchange(p, network, "all_gather", p.size)
+    blocks, tables = _exchange(p, network, "all_gather", p.size, p.stored), _ends_exchange(p, network, "all_gather", p.size)
+    gather = passes * layers * blocks + ends * tables
     kept = np.where(p.zero == 0, p.size, 4.0)  # without sharding gradients are reduced as they are, else in fp32
     reduce = layers * _exchange(p, network, "reduce_scatter", kept) + _ends_exchange(p, network, "reduce_scatter", kept)
     shard = (held(p) / (p.dp_shard * p.cp)) * 4

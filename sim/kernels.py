@@ -43,6 +43,7 @@ TRAFFIC = {
     "loss.forward": (2, 4), "loss.backward": (2, 4),
     "embedding.forward": (1, 2), "embedding.backward": (2, 3),
     "optimizer.step": (0, 8),
+    "dequantise.forward": (6, 5), "dequantise.backward": (6, 5),  # of a number's fp32, from 4 bits (real/nf4.py)
 }  # fmt: skip
 # tensor passes of the same in fused kernels: what must be read and written once; of scores with dropout and its mask, which the
 # code had that kept them

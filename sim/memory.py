@@ -19,6 +19,7 @@ from sim.activations import FP32, blocks
 from sim.kernels import Array
 
 USABLE = 0.94  # of a device's memory that a run can use: the rest is the driver's, NCCL's, and holes
+NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # bytes a number in four bits with double quantisation (QLoRA, section 3)
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256, "muon": 4.0}  # bytes a parameter; 8 bits have a scale a block of 256
 PARTS = ("activations", "working", "logits", "experts", "messages", "gathered", "gradients", "state")  # said in conf.record
 Moment: TypeAlias = dict[str, Any]  # bytes by part; a part that is not there is 0
@@ -149,12 +150,16 @@ def _sharded(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Mom
     alone, size, several = np.equal(p.pp, 1), p.size, np.greater(p.accumulation, 1)
     table, head, unit = stage.tables * block.table, stage.own_head, block.largest + block.routed
     adapters = (2 * FP32 + p.moments) * adapters_held(p) / stage.spread  # with their gradients
-    state, shard = np.where(p.frozen, size, FP32 + p.moments) * stage.shard + adapters, FP32 / stage.spread * alone
+    spared = size - np.where(p.frozen, p.stored, size)  # of a parameter of the blocks by four bits; one matrix at a time is whole
+    state = np.where(p.frozen, size * stage.shard - spared * stage.blocks / stage.spread, (FP32 + p.moments) * stage.shard) + adapters
+    shard = FP32 / stage.spread * alone
     added = several * FP32 * stage.held
     added = added - ~stage.steady * np.minimum(added, stage.a_pass)
     tied = size * (table - head) * (p.tied > 0)  # a tied table's gradient is whole until the end
     unsharded = size * np.where(alone, table, stage.held)
     around = size * np.where(alone, table - head + block.largest + np.where(block.routed > 0, 0.0, block.largest), stage.held)
+    smaller = np.where(spared > 0, spared * np.where(alone, block.largest, stage.blocks) - size * block.down, 0.0)
+    unsharded, around = unsharded - spared * np.where(alone, 0.0, stage.blocks), around - smaller
     first = added + tied + alone * ~several * FP32 * head
     second = np.where(several, added - FP32 * head, FP32 * unit) * alone + tied
     final = (several * FP32 * (unit + table - head) + FP32 * unit) * alone + tied
@@ -228,7 +233,8 @@ def _stage(p: Any, block: SimpleNamespace, rank: Any, eager: bool) -> SimpleName
     tied = first & last & np.greater(p.tied, 0)
     tables = first + last * np.where(tied, 0, 1)
     more = p.mtp * last  # blocks of further tokens lie beside the head, each with a projection of two hidden states to one
-    common = (layers - mixed) * block.dense_parameters + mixed * block.mixed_parameters + tables * block.table
+    blocks = (layers - mixed) * block.dense_parameters + mixed * block.mixed_parameters
+    common = blocks + tables * block.table
     common = common + more * np.where(np.greater(p.moe.experts, 0), block.mixed_parameters, block.dense_parameters)
     common, spread = common + first * p.position_rows * p.hidden + more * 2 * p.hidden**2, p.dp_shard * p.cp
     routed = (mixed + more) * block.routed
@@ -239,7 +245,7 @@ def _stage(p: Any, block: SimpleNamespace, rank: Any, eager: bool) -> SimpleName
     late = np.where(p.v_shaped, 0.0, np.maximum(wait - 1, 0.0) * p.size)  # gradients of logits that wait
     logits = last * block.tokens * p.vocab / p.tp * (1 + p.mtp)
     return SimpleNamespace(
-        rank=rank, ending=np.any(last), tables=tables, held=common + routed, spread=spread, head=last * block.table,
+        rank=rank, blocks=blocks, ending=np.any(last), tables=tables, held=common + routed, spread=spread, head=last * block.table,
         own_head=last * block.table * np.where(tied, 0, 1), shard=common / spread + routed / np.maximum(1, spread * p.tp / (p.ep * p.etp)),
         logits=logits, outputs=np.where(p.gpipe, (p.accumulation - 1) * (FP32 + p.size), late) * logits,
         ends=last * block.tokens * p.hidden * (1 + 1 / p.tp) * p.size,  # inputs of the last norm and of the head

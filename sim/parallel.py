@@ -21,6 +21,7 @@ from conf.arithmetic import (
     attention_matrices,
     expert_layers,
     flops_per_token,
+    layers_parameters,
     parameters,
     query_width,
     value_width,
@@ -28,7 +29,7 @@ from conf.arithmetic import (
 from conf.plan import Plan
 from sim.collectives import context_traffic, experts_shown, gathers, message, sharding, tensor_traffic
 from sim.kernels import Array, Device, Work, attention, matmul, moved, rates, some
-from sim.memory import MOMENTS, adapters_held, held, memory
+from sim.memory import MOMENTS, NF4, adapters_held, held, memory
 from sim.network import Network
 from sim.schedule import PARTED, V_SHAPED
 
@@ -118,6 +119,7 @@ def columns(plans: Sequence[Plan], adapters: bool = False) -> Any:
         "frozen": np.full(len(plans), adapters),  # weights that have no gradient, as under low-rank adapters
     }
     values |= {"rank": plans[0].finetune.rank, "thin": _thin(plans[0])} if adapters else {"rank": 0, "thin": []}
+    values["stored"] = NF4 if adapters and plans[0].finetune.method == "qlora" else values["size"]
     return SimpleNamespace(**values, **flags, moe=moe, mla=mla)
 
 
@@ -297,6 +299,8 @@ def block_work(p: Any, stage: str) -> list[Work]:
     eager, fused, old = ADDS[stage]
     adds = np.where(p.compiled, np.where(p.fused_attention > 0, fused, old), eager)
     work.append(moved("add", tokens * h / p.tp, size, "forward") * adds)
+    if some(p.size - p.stored):
+        work.append(replace(moved("dequantise", layers_parameters(p) / p.layers / p.tp, 4.0, stage), trained=True))
     work += [part for inputs, outputs, count in p.thin for part in _adapter(p, tokens, inputs, outputs, count, stage)]
     return [part for part in work if some(part.times)]  # what none of the plans does costs nothing
 
@@ -406,5 +410,5 @@ def _optimizer(p: Any, device: Device) -> Array:
 def _units(p: Any, device: Device, layers: Array) -> Array:
     """What sharding adds to the compute of one micro-batch: hooks a unit, and copies in and out of flat buffers."""
     count = layers + np.where(p.tied > 0, 1, 2)
-    copied = held(p) * p.size
+    copied = held(p) * np.where(p.frozen, p.stored, p.size)
     return np.where((p.dp > 1) & (p.zero == 3), count * device["shard_unit"] + copied / device["shard_copy"], 0.0)

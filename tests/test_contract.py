@@ -17,7 +17,7 @@ ALONE = {
             "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
         "adapters", "archive", "attention", "bigram", "bpe", "buddy", "chats", "contamination", "data", "dry", "engine", "filters", "fp8",
-        "frontier", "objectives",
+        "frontier", "nf4", "objectives",
         "guard", "heartbeat", "huggingface", "initial", "integrity", "language", "layers", "lineage", "loss", "maintext", "measure",
         "minhash", "model", "moe", "muon", "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress",
         "remote", "resume", "shards", "slurm", "stability", "stage", "storage", "straggler", "substring", "tiers", "trainer", "urls",

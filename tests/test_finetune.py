@@ -19,7 +19,7 @@ from conf.arithmetic import adapter_parameters, flops_per_token, tuned_flops_per
 from conf.errors import Refused
 from conf.program import load
 from conf.record import read
-from real import adapters, chats, checkpoint, huggingface
+from real import adapters, chats, checkpoint, huggingface, nf4
 from real.adapters import Adapted, adapt
 from real.chats import Template, conversation
 from real.data import Chats, batch_of
@@ -129,6 +129,8 @@ def test_a_run_ends_with_adapters_that_are_read_back(tmp_path, tiny, foretold, t
     each = 4 * (2 * model.hidden + model.heads * model.head_dim + model.kv_heads * model.head_dim + model.ffn + model.hidden)
     assert told["finetune.parameters"]["value"] == model.layers * each
     assert set(checkpoint.shapes(checkpoint.complete(home / "finetune" / "checkpoints")[-1])) & {"model.norm.weight"} == set()
+    status, out, err = foretold("real", *words, "checkpoint.every=2", "export=merged")
+    assert status == 0 and "step-00000006" in out and (tmp_path / "merged" / "model.safetensors").is_file(), err
     again = foretold("real", *words, "checkpoint.every=2", "only=finetune")
     assert again[0] == 0 and "resumed" not in again[1].replace("resumed from step-00000006", "")
 
@@ -249,7 +251,7 @@ def test_their_parameters_are_counted_alike_by_both(name):
         model = Decoder(plan.model)
     held = {path.split(".")[-1] for path, module in model.layers.named_modules() if isinstance(module, Linear)}
     tune = dataclasses.replace(plan.finetune, targets=[target for target in targets if target in held])
-    adapt(model, tune)
+    adapt(model, dataclasses.replace(plan, finetune=tune))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == adapter_parameters(plan.model, tune.targets, tune.rank)
 
 
@@ -271,7 +273,7 @@ def test_parameters_are_exact():
                    "finetune.rank=32", "finetune.targets=[q_proj,v_proj]")  # fmt: skip
     with torch.device("meta"):
         model = Decoder(plan.model)
-    adapt(model, plan.finetune)
+    adapt(model, plan)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 9_175_040
 
 
@@ -279,7 +281,7 @@ def test_a_new_adapter_changes_nothing_and_can_be_turned_off():
     plan = tuned("mesh.dp_shard=1")
     base, model = Decoder(plan.model), Decoder(plan.model)
     initialise(base, 3)
-    adapt(model, plan.finetune)
+    adapt(model, plan)
     initialise(model, 3)
     tokens = torch.randint(512, (2, 32))
     assert torch.equal(base(tokens), model(tokens))
@@ -318,6 +320,69 @@ def test_adapters_train_alike_on_every_mesh(model, mesh):
             assert weight.any() and (other.weights[name] - weight).norm() <= 3e-4 * weight.norm(), name
 
 
+QUANTISED = [
+    ("", "mesh.dp_shard=2"), ("", "mesh.pp=2"), ("", "mesh.dp_shard=2 mesh.pp=2"), ("", "mesh.cp=2"),
+    ("model=tiny_qwen3_moe finetune.targets=[q_proj,o_proj]", "mesh.dp_shard=2 mesh.ep=2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "mesh"), [pytest.param(*m, marks=() if i < 1 else pytest.mark.slow) for i, m in enumerate(QUANTISED)])
+def test_four_bits_train_alike_on_every_mesh(model, mesh):
+    """The same bytes wherever they lie: as near as in full precision."""
+    test_adapters_train_alike_on_every_mesh(f"finetune.method=qlora {model}", mesh)
+
+
+@pytest.mark.slow
+def test_four_bits_cut_over_tensor_parallel_ranks():
+    """Each rank groups the scales of its own part: the base differs in their eighth bit, and losses by as little."""
+    one = alone("finetune.method=qlora")
+    other = outcome(tuned("mesh.dp_shard=2", "mesh.tp=2", "finetune.method=qlora"), adapters=True)
+    np.testing.assert_allclose(other.losses, one.losses, rtol=1e-3)
+    plain = alone("")
+    assert max(abs(a / b - 1) for a, b in zip(one.losses, plain.losses, strict=True)) > 1e-5  # four bits are seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_half_precision_is_near(method):
+    """Frozen weights in bf16 or four bits, adapters in fp32; bytes travel as bf16 does."""
+    words = (f"finetune.method={method}", "train.precision=bf16", "gpu.bf16_peak='10 GFLOP/s'")
+    one, other = alone(words[0]), outcome(tuned("mesh.dp_shard=2", *words), adapters=True)
+    np.testing.assert_allclose(other.losses, one.losses, rtol=5e-3)
+    assert all(weight.dtype == torch.float32 for weight in other.weights.values())
+
+
+# -- four bits
+
+
+def test_four_bits():
+    """4.127 bits a number; a normal matrix is 9.2% off (QLoRA's own figure: notes of bitsandbytes); zeros stay zeros."""
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    told = nf4.quantise(weight)
+    again = nf4.dequantise(told, (512, 512), torch.float32)
+    assert 8 * len(told) / weight.numel() == pytest.approx(4.127, abs=1e-3)
+    assert float((again - weight).norm() / weight.norm()) == pytest.approx(0.092, abs=0.002)
+    assert (again.sign() * weight.sign() >= 0).all()
+    assert not nf4.dequantise(nf4.quantise(torch.zeros(64, 64)), (64, 64), torch.float32).any()
+    twice = nf4.quantise(again)
+    assert torch.equal(twice[: weight.numel() // 2], told[: weight.numel() // 2])
+
+
+@pytest.mark.slow
+def test_four_bits_are_those_of_bitsandbytes():
+    """Every code; and every number where the scale's eighth bits are alike: its search on a CPU is not always the nearest step."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    for shape, std in (((512, 512), 0.02), ((96, 128), 1.0), ((1024, 320), 0.5)):
+        weight = std * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+        told, half, scales = nf4.quantise(weight), weight.numel() // 2, weight.numel() // 64
+        assert torch.equal(codes.flatten(), told[:half])
+        same = told[half : half + scales] == state.absmax
+        assert same.float().mean() > 0.99
+        ours, theirs = nf4.dequantise(told, shape, torch.float32), functional.dequantize_4bit(codes, state)
+        torch.testing.assert_close(ours.view(-1, 64)[same], theirs.view(-1, 64)[same], rtol=1e-6, atol=1e-7 * std)
+
+
 def tuned_checkpoint(tmp_path, words=()):
     """A base as Hugging Face's folder, and a checkpoint of adapters that do something."""
     plan = tuned("mesh.dp_shard=1", *words)
@@ -327,8 +392,9 @@ def tuned_checkpoint(tmp_path, words=()):
     writer.save(checkpoint.state([base], Optimizer([base], plan.train)), 0)
     huggingface.export(tmp_path / "base" / "step-00000000", plan.model, 32, tmp_path / "hf", None)
     model = Decoder(plan.model)
-    adapt(model, plan.finetune)
+    adapt(model, plan)
     initialise(model, 3)
+    adapters.fill(model, lambda name, _: base.get_parameter(name).detach(), 0)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.02)
@@ -337,7 +403,7 @@ def tuned_checkpoint(tmp_path, words=()):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [(), ("model=tiny_qwen3",), ("model.tied=true",)])
+@pytest.mark.parametrize("words", [(), ("model=tiny_qwen3",), ("model.tied=true",), ("finetune.method=qlora",)])
 def test_peft_and_transformers_load_them(tmp_path, words):
     """Adapters in peft within 1e-5, the merged model in transformers within 1e-4; both from a checkpoint and from a folder of weights."""
     import transformers
@@ -351,7 +417,8 @@ def test_peft_and_transformers_load_them(tmp_path, words):
     with torch.no_grad():
         ours = model(tokens)
         adapted = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()(tokens).logits
-        torch.testing.assert_close(adapted, ours, atol=1e-5, rtol=1e-5)
+        if plan.finetune.method == "lora":  # peft's base is not in four bits here
+            torch.testing.assert_close(adapted, ours, atol=1e-5, rtol=1e-5)
         for number, base in enumerate((tmp_path / "hf", tmp_path / "base" / "step-00000000")):
             adapters.merge(path, plan, base, tmp_path / f"merged{number}", None)
             merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"merged{number}", dtype=torch.float32,
