@@ -196,7 +196,8 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path, tiny, tal
     for run in ("killed", "whole"):
         subprocess.run([*command, *words[:-1], f"runs={run}"], check=True, **common)
     killed, whole = (next((tmp_path / run).iterdir()) / "real" for run in ("killed", "whole"))
-    assert losses(killed) == losses(whole) and len(losses(whole)) == 12
+    one, other = ({step: loss for step, loss in losses(home).items() if step > 4} for home in (killed, whole))
+    assert one == other and len(one) == 8  # what was not yet flushed of the steps before died with the process
     one, other = (load_file(home / "finetune" / "adapter" / "adapter_model.safetensors") for home in (killed, whole))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
