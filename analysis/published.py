@@ -1,8 +1,8 @@
 """Published measurements predicted row by row with the calibration that ships in conf, and the errors told by group.
 
 Tables are recognised by their columns: training steps (with peak memory where it was measured), efficiencies of kernels,
-times of collectives (of which all-reduces alone are validated), power of servers, energy and carbon of trainings. A row that cannot be
-predicted is told with its reason.
+times of collectives (of which all-reduces alone are validated), power of servers, energy and carbon of trainings, fine-tunings. A row that
+cannot be predicted is told with its reason.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import alone, claims, nodes, replay
+from analysis import alone, claims, nodes, replay, tunings
 from analysis.compare import columns as aligned
 from analysis.rows import Replayed
 from conf.errors import Refused
@@ -48,6 +48,7 @@ KINDS = {
     "collectives": Kind(alone.COLLECTIVES, "time_us", alone.collectives_of),
     "node_power": Kind(nodes.NODES, nodes.MEASURED, nodes.nodes_of),
     "energy": Kind(claims.ENERGY, "printed", claims.claims_of, claims.long),
+    "alignment": Kind(tunings.TUNINGS, "value", tunings.tunings_of, tunings.scored),
 }
 
 
@@ -61,7 +62,7 @@ def published(options: Mapping[str, str]) -> int:
     kind = KINDS[name]
     lines = kind.lines(frame) if kind.lines else frame
     rows, failed, memory = replayed(lines, kind)
-    told = {"table": name, "rows": len(frame), **scores(rows)}
+    told = {"table": name, "rows": lines["row"].nunique() if kind.lines else len(frame), **scores(rows)}
     if kind.lines:
         told["predicted"] = lines["row"][rows.index].nunique()
     told["groups"] = {str(group): scores(part) for group, part in rows.groupby("group", sort=True)}

@@ -152,7 +152,7 @@ def _sharded(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Mom
     adapters = (2 * FP32 + p.moments) * adapters_held(p) / stage.spread  # with their gradients
     spared = size - np.where(p.frozen, p.stored, size)  # of a parameter of the blocks by four bits; one matrix at a time is whole
     state = np.where(p.frozen, size * stage.shard - spared * stage.blocks / stage.spread, (FP32 + p.moments) * stage.shard) + adapters
-    shard = FP32 / stage.spread * alone
+    shard = np.where(p.frozen, 0.0, FP32) / stage.spread * alone
     added = several * FP32 * stage.held
     added = added - ~stage.steady * np.minimum(added, stage.a_pass)
     tied = size * (table - head) * (p.tied > 0)  # a tied table's gradient is whole until the end
@@ -167,7 +167,7 @@ def _sharded(p: Any, block: SimpleNamespace, stage: SimpleNamespace) -> list[Mom
     # Gradients of weights wait in half precision for the next inputs' backward pass of their stage: all before it, one stage's at the loss.
     split, blocks_held = p.parted * ~np.equal(p.dual, 1), size * (stage.held - table)
     late = (size * stage.head + blocks_held / p.vpp) * split
-    acts, reduced = stage.activations, state + FP32 * stage.shard
+    acts, reduced = stage.activations, state + np.where(p.frozen, 0.0, FP32) * stage.shard
     back = {"gathered": around, "activations": acts}
     fewer = back | {"activations": acts - block.kept, "working": alone * block.working}
     moments = [
