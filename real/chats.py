@@ -75,6 +75,8 @@ class Template:
                 before, after = self.render(messages[:number], answer=True), self.render(messages[: number + 1])
                 if not (before.startswith(done) and after.startswith(before)):
                     raise ValueError(f"message {number + 1} changes the text before it, so what is learned cannot be told from the rest")
+                if message["content"].strip() not in after[len(before) :]:
+                    raise ValueError(f"the template leaves out what message {number + 1} says")
                 found += [Piece(before[len(done) :], False), Piece(after[len(before) :], True)]
                 done = after
         except self.error as error:

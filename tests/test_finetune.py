@@ -97,6 +97,9 @@ def test_a_template_that_cannot_be_learned_from(tmp_path):
     path.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}")
     with pytest.raises(ValueError, match="refuses it: no system message"):
         Template(str(path)).pieces(conversation(json.dumps(CHATS[0])))
+    path.write_text("a table, not a template")
+    with pytest.raises(ValueError, match="leaves out what message 3 says"):
+        Template(str(path)).pieces(conversation(json.dumps(CHATS[0])))
     path.write_text("{% for %}")
     with pytest.raises(Refused, match="is no template"):
         Template(str(path))
