@@ -22,7 +22,7 @@ run: $(READY)
 	$(BIN)/foretold analysis compare
 	$(BIN)/foretold analysis report
 
-# Two processes: one for the tests that start ranks, one after the other, one for all others (tests/conftest.py).
+# Two processes; which tests must not run beside each other is said in tests/conftest.py.
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 
 test: $(READY)

@@ -74,12 +74,17 @@ def foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     return run
 
 
-# Tests of these files start ranks, which share the cores and the ports of the machine: one worker runs them all, the other the rest.
-RANKS = ("bad_input", "chaos", "compare", "data", "finetune", "launch", "memory", "mesh", "partition", "precision", "replicas", "reshard",
-         "resume", "runs", "slurm", "survive", "tiny", "traffic", "traffic_time", "watch")  # fmt: skip
+# Tests that start ranks share the cores of the machine, and those of the first group ports and clocks too: each group is one worker's,
+# test after test, beside the other.
+GROUPS = {
+    "commands": ("bad_input", "chaos", "compare", "data", "finetune", "launch", "partition", "replicas", "resume", "runs", "slurm", "survive",
+                 "tiny", "watch"),
+    "worlds": ("mesh", "precision", "reshard"),
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem.removeprefix("test_") in RANKS:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+        for group, files in GROUPS.items():
+            if item.path.stem.removeprefix("test_") in files:
+                item.add_marker(pytest.mark.xdist_group(group))

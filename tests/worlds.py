@@ -64,7 +64,7 @@ def plan_of(*overrides: str) -> Plan:
 RANKS = [f"mesh.{axis}" for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")]
 
 
-def spawn(plan: Plan, work: Callable[..., Any], *arguments: Any, timeout: float = 120) -> None:
+def spawn(plan: Plan, work: Callable[..., Any], *arguments: Any, timeout: float = 300) -> None:
     """`work(plan, *arguments)` on every rank of the plan; an error on any rank is raised here."""
     folder = Path(tempfile.mkdtemp())
     processes = [mp.get_context("fork").Process(target=_rank, args=(r, plan, folder, work, arguments)) for r in range(plan.ranks)]
@@ -88,7 +88,7 @@ def _rank(rank: int, plan: Plan, folder: Path, work: Callable[..., Any], argumen
         several = plan.ranks > 1 or plan.train.half
         if several:
             store = dist.FileStore(str(folder / "store"), plan.ranks)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.ranks, timeout=timedelta(seconds=60))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.ranks, timeout=timedelta(seconds=240))
         work(plan, *arguments)
         if several:
             dist.barrier()
