@@ -32,6 +32,7 @@ foretold real [options] [group=option] [key=value]   execute a plan
   foretold real dry=true experiment=llama3_8b    what every rank would hold and send, without a GPU
   foretold real -m model.layers=2,4 train.steps=500,1000        every combination, one after the other
   foretold real start=runs/p0a1b2c3d4 mesh.tp=2  go on from another plan's checkpoint, on another mesh
+  foretold real finetune=lora finetune.data=chats.jsonl          adapters on the model that pre-training, or start=FOLDER, leaves
   foretold real verify=true                      whether every file of the data stages is what its receipt says
   foretold real export=model                     the newest checkpoint as a Hugging Face model
   torchrun --nproc-per-node 2 -m real            ranks started by torchrun
@@ -153,6 +154,8 @@ def _leads() -> bool:
 
 
 def _check(plan: Plan, only: Sequence[str]) -> None:
+    if list(only) == ["finetune"] and plan.finetune.method == "none":
+        raise Refused("only=finetune, but finetune.method=none; choose one, as in finetune=lora finetune.data=chats.jsonl")
     if set(only) - set(DATA):
         from real import cluster
         from real.parallel import refuse_unbuilt

@@ -68,6 +68,8 @@ def _unbuilt_model(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "a mixture of experts with model.layer_norm or without model.gated", "set model.layer_norm=false model.gated=true"
     if model.mla.kv_rank and (model.qk_norm or model.layer_norm):
         yield "model.mla with model.qk_norm or model.layer_norm", "set model.qk_norm=false model.layer_norm=false"
+    if plan.finetune.method != "none" and plan.failures.restart == "replica":
+        yield "fine-tuning where replicas restart alone", "set failures.restart=job"
     if plan.train.recompute == "attention":
         yield "train.recompute=attention", "set train.recompute=selective"
     if model.moe.experts and plan.train.compile and plan.train.recompute != "none":

@@ -28,6 +28,7 @@ from real.layers import Linear
 from real.loss import IGNORED
 from real.model import Decoder
 from real.optim import Optimizer
+from real.parallel import refuse_unbuilt
 from sim.finetune import finetune
 from sim.pace import pace
 from tests.worlds import Outcome, outcome, plan_of
@@ -177,6 +178,14 @@ def test_bad_files_are_one_line(tmp_path, tiny, foretold, talks):
     assert status == 2 and f"{bad}, line 5: it has text" in err and err.strip().count("\n") == 0
     status, _, err = foretold("real", *common, f"finetune.data={talks}", "only=finetune", "seed=9")
     assert status == 2 and "holds no pre-trained model to fine-tune" in err
+    status, _, err = foretold("real", *tiny, *ONE, "only=finetune")
+    assert status == 2 and "only=finetune, but finetune.method=none" in err and err.strip().count("\n") == 0
+
+
+def test_replicas_that_restart_alone_are_refused():
+    plan = load(["finetune=lora", "failures.restart=replica"], rules=lambda _: [])
+    with pytest.raises(Refused, match="fine-tuning where replicas restart alone: real cannot execute it"):
+        refuse_unbuilt(plan)
 
 
 def losses(home):
