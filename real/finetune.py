@@ -26,7 +26,10 @@ def run(life: Life, home: Path, source: Path | None) -> None:
     base = base_of(home, source)
     if tune.adapters and huggingface.family(plan.model) == "gpt2":
         raise Refused(f"finetune.method={tune.method}: GPT-2 keeps queries, keys and values in one matrix; set finetune.method=full")
-    write(life.folder / BASE, str(base))
+    said = life.folder / BASE
+    if said.is_file() and said.read_text() != str(base) and checkpoint.complete(life.folder / "checkpoints"):
+        raise Refused(f"{life.folder} was begun on {said.read_text()}, this is {base}; name that one with start=")
+    write(said, str(base))
     _tokens(life, tokenizer_of(base))
     life.train({}, base=base)
     path = checkpoint.complete(life.folder / "checkpoints")[-1]
