@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Optional
 
+from conf.alignment import Align, Roles, roles
 from conf.duration import Lasting
 from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, Node, say
 from conf.units import (
@@ -641,6 +642,7 @@ class Plan(Node):
     price: Price = say("money", Price)
     law: Law = say("the scaling law", Law)
     finetune: Finetune = say("the fine-tuning", Finetune)
+    align: Align = say("the alignment", Align)
     published: dict[str, Fact] = say("published values of the run's quantities; no part of the id", dict)
 
     @property
@@ -707,6 +709,31 @@ class Plan(Node):
         data, failures = dataclasses.replace(self.data, mixture=[]), dataclasses.replace(self.failures, script=[])
         return dataclasses.replace(self, train=train, data=data, failures=failures)
 
+    @cached_property
+    def roles(self) -> Roles:
+        """Which ranks hold which role of the alignment."""
+        return roles(self.align, self.ranks)
+
+    @cached_property
+    def aligned(self) -> "Plan":
+        """The plan whose training is this one's alignment: a sequence a row, on the trainers' part of the mesh, and adapters as the
+        alignment has them."""
+        align, count = self.align, len(self.roles.trainers)
+        said: dict[str, Any] = {"steps": align.steps * (align.updates if align.rollouts else 1), "seq_len": align.longest,
+                "global_batch": align.sequences // (align.updates if align.rollouts else 1), "micro_batch": align.micro_batch,
+                "learning_rate": align.learning_rate, "warmup": align.warmup, "packing": "stream", "document_mask": False,
+                "first_batch": None, "stop_after": None}  # fmt: skip
+        mesh = self.mesh
+        if count != self.ranks:
+            shards = max(1, count // (mesh.cp * mesh.tp * mesh.pp))
+            mesh = dataclasses.replace(mesh, dp_replicate=1, dp_shard=shards)
+        cluster = dataclasses.replace(self.cluster, nodes=1, gpus_per_node=count) if self.cluster.nodes == 1 else self.cluster
+        method = "lora" if align.adapters else "full"
+        tune = dataclasses.replace(self.finetune, method=method, rank=align.rank, alpha=align.alpha, targets=align.targets)
+        train, failures = dataclasses.replace(self.train, **said), dataclasses.replace(self.failures, script=[])
+        data = dataclasses.replace(self.data, mixture=[])
+        return dataclasses.replace(self, train=train, data=data, failures=failures, mesh=mesh, cluster=cluster, finetune=tune)
+
     @property
     def tokens_per_step(self) -> int:
         return self.train.global_batch * self.train.seq_len
@@ -720,6 +747,8 @@ class Plan(Node):
             del values["crawl"]  # what is off changes nothing
         if self.finetune.method == "none":
             del values["finetune"]
+        if self.align.method == "none":
+            del values["align"]
         values["profile"] = digest(Path(self.profile)) if self.profile else None
         values["grid"]["hourly"] = digest(Path(self.grid.hourly)) if self.grid.hourly else None
         text = json.dumps(values, sort_keys=True)

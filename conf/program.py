@@ -242,7 +242,8 @@ def _typed() -> Any:
     return schema
 
 
-_PATHS = ("data.path", "profile", "grid.hourly", "finetune.data", "finetune.template")
+_PATHS = ("data.path", "profile", "grid.hourly", "finetune.data", "finetune.template", "align.data", "align.template",
+          "align.reward_model")  # fmt: skip
 
 
 def _quoted(arg: str) -> str:

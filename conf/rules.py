@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from conf import script
+from conf import alignment, script
 from conf.duration import Duration
 from conf.errors import nearest
 from conf.hourly import hour_of, hours_of
@@ -26,7 +26,7 @@ def get(plan: Any, key: str) -> Any:
 
 def problems(plan: Plan) -> list[str]:
     """Every rule that the plan breaks, one line each: key and value, rule, cure."""
-    return [*meshless_problems(plan), *_pipeline(plan), *_experts(plan), *_mesh(plan), *_replicas(plan), *_finetune(plan)]
+    return [*meshless_problems(plan), *_pipeline(plan), *_experts(plan), *_mesh(plan), *_replicas(plan), *_finetune(plan), *_align(plan)]
 
 
 def meshless_problems(plan: Plan) -> list[str]:
@@ -175,6 +175,28 @@ def _finetune(plan: Plan) -> Iterator[str]:
     before = set(problems(dataclasses.replace(plan, finetune=twin.finetune)))
     own = re.compile(r"train\.(steps|seq_len|global_batch|micro_batch|learning_rate|warmup)\b")
     yield from (own.sub(r"finetune.\1", line) for line in problems(twin) if line not in before)
+
+
+_AS_ALIGN = {
+    "train.global_batch": "align.prompts × completions / align.updates",
+    "train.seq_len": "align.prompt_tokens + align.new_tokens",
+    "train.steps": "align.steps × align.updates",
+    **{f"train.{name}": f"align.{name}" for name in ("micro_batch", "learning_rate", "warmup")},
+}
+
+
+def _align(plan: Plan) -> Iterator[str]:
+    """What the alignment breaks: its roles, its method, and its training, under its own keys."""
+    if plan.align.method == "none":
+        return
+    if found := alignment.problems(plan.align, plan.ranks, plan.mesh.tp * plan.mesh.cp * plan.mesh.pp):
+        yield from found
+        return
+    off = dataclasses.replace(plan.align, method="none")
+    twin = dataclasses.replace(plan.aligned, align=off, finetune=dataclasses.replace(plan.finetune, method="none"))
+    before = set(problems(dataclasses.replace(plan, align=off)))
+    own = re.compile("|".join(rf"{re.escape(name)}\b" for name in _AS_ALIGN))
+    yield from (own.sub(lambda found: _AS_ALIGN[found[0]], line) for line in problems(twin) if line not in before)
 
 
 def _crawl(plan: Plan) -> Iterator[str]:
