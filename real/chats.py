@@ -40,13 +40,13 @@ class Piece(NamedTuple):
 class Template:
     """A chat template, of ours by its name or a user's file, as transformers writes them."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, key: str = "finetune.template") -> None:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self.name = name
         if name not in TEMPLATES and not Path(name).is_file():
-            raise Refused(f"finetune.template={name} is no file; give one, or {', '.join(TEMPLATES)}")
+            raise Refused(f"{key}={name} is no file; give one, or {', '.join(TEMPLATES)}")
         self.text = TEMPLATES.get(name) or Path(name).read_text()
         self.error = TemplateError
         world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
@@ -54,7 +54,7 @@ class Template:
         try:
             self.made = world.from_string(self.text)
         except TemplateError as error:
-            raise Refused(f"finetune.template={name} is no template: {error}") from error
+            raise Refused(f"{key}={name} is no template: {error}") from error
 
     def _raise(self, message: str) -> None:
         raise self.error(message)
@@ -151,11 +151,11 @@ def tasks(tune: Finetune, tokenizer: Path) -> Iterator[Task]:
 def encode(folder: Path, name: str, path: str, first: int, stop: int, tokenizer: str, template: str, held_out: float,
            longest: int) -> dict[str, Any]:  # fmt: skip
     """Write train-… and held_out-… shards with .learned beside them; what was asked first decides the split, so a prompt is in one."""
-    coder, shape = _Coder(tokenizer), Template(template)
+    coder, shape = Coder(tokenizer), Template(template)
     dtype = np.uint16 if coder.vocab < 65500 else np.int32
     splits: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"train": [], "held_out": []}
     told = {"conversations": 0, "tokens": 0, "learned": 0, "cut": 0, "left out": 0}
-    for number, line in _lines(path, first, stop):
+    for number, line in lines(path, first, stop):
         try:
             messages = conversation(line)
             ids, learned = coder.encode(shape.pieces(messages))
@@ -167,8 +167,7 @@ def encode(folder: Path, name: str, path: str, first: int, stop: int, tokenizer:
             told["left out"] += 1
             continue
         asked = next((m["content"] for m in messages if m["role"] == "user"), line)
-        held = int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=4).digest(), "big") < held_out * 2**32
-        splits["held_out" if held else "train"].append((ids.astype(dtype), learned))
+        splits["held_out" if held_out_of(asked, held_out) else "train"].append((ids.astype(dtype), learned))
         told["conversations"] += 1
         told["tokens"] += len(ids)
         told["learned"] += int(learned.sum())
@@ -178,7 +177,12 @@ def encode(folder: Path, name: str, path: str, first: int, stop: int, tokenizer:
     return told
 
 
-def _lines(path: str, first: int, stop: int) -> Iterator[tuple[int, str]]:
+def held_out_of(asked: str, share: float) -> bool:
+    """Whether what was asked is among this share of questions, which nothing is trained on."""
+    return int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=4).digest(), "big") < share * 2**32
+
+
+def lines(path: str, first: int, stop: int) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, from the `first` of them on, each with its number in the file."""
     seen = 0
     with Path(path).open(encoding="utf-8", errors="replace") as file:
@@ -190,7 +194,7 @@ def _lines(path: str, first: int, stop: int) -> Iterator[tuple[int, str]]:
             seen += 1
 
 
-class _Coder:
+class Coder:
     """Text → ids."""
 
     def __init__(self, path: str) -> None:

@@ -35,7 +35,7 @@ from real.stage import sha256
 
 # How a full disk shows: plainly, or as a file that torch's writer finds shorter than what it wrote.
 ADAPTER = (".lora_A", ".lora_B")  # how names of adapters end
-TUNED = (*ADAPTER, ".packed")  # and of all that no base has
+TUNED = (*ADAPTER, ".packed", "score.weight")  # and of all that no base has
 SHORT = ("No space left", "File too large", "Disk quota", "unexpected pos")
 
 
@@ -230,13 +230,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def load(path: Path, parts: Sequence[Decoder], optimizer: Optimizer, step: int) -> None:
-    """Fill model and optimizer, bit for bit, on this mesh, whichever mesh wrote them.
+def load(path: Path, parts: Sequence[Decoder], optimizer: Optimizer, step: int, prefix: str = "") -> None:
+    """Fill model and optimizer, bit for bit, on this mesh, whichever mesh wrote them; `prefix` tells one model of several.
 
     Raises Refused when the checkpoint is of another model: it lists what differs.
     """
 
-    restore(parts, optimizer, step, lambda wanted: _read_alike(wanted, path))
+    restore(parts, optimizer, step, lambda wanted: _read_alike({prefix + name: tensor for name, tensor in wanted.items()}, path))
 
 
 def load_model(path: Path, parts: Sequence[Decoder]) -> None:

@@ -256,12 +256,7 @@ def load(folder: Path, model: Model, parts: Sequence[Decoder]) -> None:
 
     Raises Refused when a tensor is missing or has another shape.
     """
-    named = {
-        canonical(part, name): p
-        for part in parts
-        for name, p in part.named_parameters()
-        if not name.endswith((*checkpoint.ADAPTER, ".packed"))
-    }
+    named = {canonical(part, name): p for part in parts for name, p in part.named_parameters() if not name.endswith(checkpoint.TUNED)}
     named |= {name: b for part in parts for name, b in part.named_buffers() if name.endswith("correction_bias")}
     told = json.loads((folder / "config.json").read_text())
     interleaved = bool(told.get("rope_interleave", True)) and told["model_type"] == "deepseek_v3"

@@ -18,7 +18,7 @@ def initialise(model: Decoder, seed: int) -> None:
     """Fill parameters and buffers.
 
     Matrices are normal with 1/sqrt(fan-in), those into the residual stream divided by sqrt(2 layers) as in GPT-2,
-    embedding and head with 0.02; norms are ones, biases zeros.
+    embedding and head with 0.02; norms are ones; biases, and what begins with no effect (scores, adapters), zeros.
     """
     for name, parameter in model.named_parameters():
         if not name.endswith(".packed"):
@@ -44,7 +44,7 @@ def draw(parameter: Tensor, name: str, seed: int, layers: int) -> None:
     if isinstance(parameter, DTensor):
         _, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
         local = parameter.to_local()
-    if name.endswith("lora_B"):
+    if name.endswith(("lora_B", "score.weight")):
         local.zero_()
         return
     if parameter.dim() == 1:

@@ -1,4 +1,4 @@
-"""Cross-entropy, summed over tokens, in fp32 nats; the vocabulary may be spread over tensor-parallel ranks."""
+"""Cross-entropy of tokens, in fp32 nats; the vocabulary may be spread over tensor-parallel ranks."""
 
 from typing import Any
 
@@ -18,11 +18,20 @@ def loss_sum(logits_BTV: Tensor, targets_BT: Tensor, tp: Line | None = None, z_l
     logits, targets = logits_BTV.float().flatten(0, 1), targets_BT.flatten()
     if tp is None and not z_loss:
         return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
-    return _CrossEntropy.apply(logits, targets, tp, z_loss)  # type: ignore[no-any-return]
+    return _CrossEntropy.apply(logits, targets, tp, z_loss).sum()  # type: ignore[no-any-return]
+
+
+def log_probabilities(logits_BTV: Tensor, targets_BT: Tensor, tp: Line | None = None) -> Tensor:
+    """Of each target, [B, T]; 0 where it does not count."""
+    logits, targets = logits_BTV.float().flatten(0, 1), targets_BT.flatten()
+    if tp is None:
+        return -F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED).view_as(targets_BT)
+    return -_CrossEntropy.apply(logits, targets, tp, 0.0).view_as(targets_BT)  # type: ignore[no-any-return]
 
 
 class _CrossEntropy(Function):
-    """Each rank holds the logits of its range of the vocabulary: a maximum, a sum and the target's logit are all that travels."""
+    """Of each token [N]. Each rank holds the logits of its range of the vocabulary: a maximum, a sum and the target's logit are all
+    that travels."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, tp: Line | None, z_loss: float) -> Tensor:
@@ -38,11 +47,11 @@ class _CrossEntropy(Function):
         log_z, counts = total.log() + largest, targets_N != IGNORED
         ctx.save_for_backward(powers / total.unsqueeze(-1), index, mine, log_z, counts)
         ctx.z_loss = z_loss
-        return ((log_z - target) * counts).sum()
+        return (log_z - target) * counts
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
         share, index, mine, log_z, counts = ctx.saved_tensors
         slope = share * (1 + 2 * ctx.z_loss * log_z).unsqueeze(-1)
         slope.scatter_add_(1, index.unsqueeze(1), -mine.to(slope.dtype).unsqueeze(1))
-        return slope * (grad * counts).unsqueeze(-1), None, None, None
+        return slope * (grad_N * counts).unsqueeze(-1), None, None, None

@@ -167,6 +167,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(model, i, recompute if recomputes(share, i) else "none") for i in here})
         self.norm = norm(model) if last else None
         self.lm_head = Head(model.hidden, model.vocab, bias=False) if last else None
+        self.score: Head | None = None  # a number a token in the place of logits, of critics and reward models
         self._angles: dict[Any, Angles] = {}
         self.tie()
 
@@ -182,9 +183,14 @@ class Decoder(nn.Module):
         angles = self._turns(tokens, x)
         for block in self.layers.values():
             x = block(x, angles, documents)
-        if self.norm is None or self.lm_head is None:
+        head = self.lm_head if self.score is None else self.score
+        if self.norm is None or head is None:
             return x
-        return self.lm_head(self.norm(x))
+        return head(self.norm(x))
+
+    def judge(self) -> None:
+        """Give a number a token instead of logits."""
+        self.lm_head, self.score = None, Head(self.shape.hidden, 1, bias=False)
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         assert self.embed_tokens is not None

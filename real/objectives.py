@@ -27,12 +27,6 @@ class Sum(NamedTuple):
         return self.total / self.count.clamp(min=1)
 
 
-def log_probabilities(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
-    """Of each token by the logits before it, [B, T]; 0 where the token is negative, which no mask may count."""
-    flat = F.cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT.flatten(), reduction="none", ignore_index=-100)
-    return -flat.view_as(tokens_BT)
-
-
 def sequence(logp_BT: Tensor, mask_BT: Tensor, mean: bool = False) -> Tensor:
     """Log-probability of each whole completion [B], or its mean a token."""
     total = (logp_BT * mask_BT).sum(-1)

@@ -42,14 +42,18 @@ class HeldOut:
         return nats * len(targets) / (math.log(2) * float(sizes[targets].sum()))
 
 
-def laid_out(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stage: int | None, adapters: bool = False) -> Decoder:
-    """The whole model, or one stage of it, on its mesh, without storage; with `adapters` frozen but for those of the plan."""
+def laid_out(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stage: int | None, adapters: bool = False,
+             judge: bool = False) -> Decoder:  # fmt: skip
+    """The whole model, or one stage of it, on its mesh, without storage; with `adapters` frozen but for those of the plan, as a `judge`
+    with a number a token for logits."""
     with torch.device("meta"):
         if stage is None:
             model = Decoder(plan.model, plan.train.recompute, share=plan.train.recompute_share)
         else:
             first, last = stage == 0, stage == plan.mesh.pp * plan.mesh.vpp - 1
             model = Decoder(plan.model, plan.train.recompute, layers_of(plan, stage), first, last, plan.train.recompute_share)
+        if judge:
+            model.judge()
         if adapters:
             adapt(model, plan)
     if axes is not None:
@@ -60,9 +64,9 @@ def laid_out(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stage: 
 
 
 def filled(plan: Plan, axes: parallel.Axes | None, timeline: Timeline, stages: Sequence[int | None],
-           adapters: bool = False) -> list[Decoder]:  # fmt: skip
+           adapters: bool = False, judge: bool = False) -> list[Decoder]:  # fmt: skip
     """This rank's parts of the model with their initial weights."""
-    parts = [laid_out(plan, axes, timeline, stage, adapters) for stage in stages]
+    parts = [laid_out(plan, axes, timeline, stage, adapters, judge) for stage in stages]
     for part in parts:
         part.to_empty(device=device(plan))
         part.tie()
