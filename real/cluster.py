@@ -99,8 +99,8 @@ def together(life: Callable[[], int]) -> int:
 def _first_in_trouble() -> bool:
     """Whether no other rank has told of trouble; so too where the others cannot be asked."""
     try:
-        table = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=ASKING)
-        return _of_this_start(table).add("trouble", 1) == 1
+        held = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=ASKING)
+        return _of_this_start(held).add("trouble", 1) == 1
     except RuntimeError:
         return True
 
@@ -108,7 +108,7 @@ def _first_in_trouble() -> bool:
 def follow() -> int:
     """Do what the first rank gives out, until it gives its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would see it only after the wait
-    store, number = _store(), 0
+    store, number = table(), 0
     while True:
         number += 1
         store.wait([f"work {number}"], LONG)
@@ -120,12 +120,12 @@ def follow() -> int:
 
 def _give(what: int | tuple[Plan, Work, tuple[Any, ...]]) -> None:
     """To the ranks that follow: work, or the exit status of them all."""
-    store = _store()
+    store = table()
     store.set(f"work {store.add('given', 1)}", pickle.dumps(what))
 
 
 @cache
-def _store() -> dist.Store:
+def table() -> dist.Store:
     """The table of names and values in which ranks find each other."""
     store, _, _ = next(rendezvous("env://"))
     return _of_this_start(store)
@@ -278,15 +278,24 @@ def _rank(plan: Plan, work: Work, arguments: tuple[Any, ...], watched: bool = Fa
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.set_float32_matmul_precision("high")
     if plan.ranks > 1 or plan.train.precision != "fp32":  # lower precision is FSDP's, on one rank too
-        backend = "cpu:gloo,cuda:nccl" if plan.gpu.kind == "cuda" else "gloo"
-        patience = timedelta(seconds=(2 if watched else 1) * plan.failures.start_timeout)  # whoever watches is sooner
-        table = dist.PrefixStore(f"group {next(_groups)}", _store())  # nothing of an earlier one is in it
-        dist.init_process_group(backend, store=table, rank=rank(), world_size=plan.ranks, timeout=patience)
+        meet(plan, "group", rank(), plan.ranks, watched)
     told = work(plan, *arguments)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     return told
+
+
+def meet(plan: Plan, name: str, index: int, size: int, watched: bool = True) -> None:
+    """Begin this process's group: of all ranks, or of those that hold one role."""
+    backend = "cpu:gloo,cuda:nccl" if plan.gpu.kind == "cuda" else "gloo"
+    held = dist.PrefixStore(f"{name} {next(_groups)}", table())  # nothing of an earlier one is in it
+    dist.init_process_group(backend, store=held, rank=index, world_size=size, timeout=patience(plan, watched))
+
+
+def patience(plan: Plan, watched: bool = True) -> timedelta:
+    """How long a rank waits for others; whoever watches is sooner."""
+    return timedelta(seconds=(2 if watched else 1) * plan.failures.start_timeout)
 
 
 def keep_memory() -> None:

@@ -93,7 +93,7 @@ class Training:
         self.plan, self.start, whole = plan, start, start.whole or plan
         first = plan.ranks * (start.replica or 0)
         self.record = record = Record(start.folder, first + rank(), began=clock(plan) - start.epoch)
-        self.pulse = start.pulse or _alone(plan)
+        self.pulse = start.pulse or alone(plan)
         self.injector = Injector(whole, record, rank(), self.pulse, start.folder, first)
         cuda = plan.gpu.kind == "cuda"
         self.timeline, self.power, self.gauge = Timeline(cuda, self._changed), meter(plan.gpu.kind), Gauge(cuda)
@@ -326,7 +326,7 @@ class Training:
             yield batches.tokens.window(batches.order[i])
 
 
-def _alone(plan: Plan) -> Pulse:
+def alone(plan: Plan) -> Pulse:
     """Under torchrun nobody listens to the heart, and a rank hears the signals itself."""
     pulse = Pulse(plan.ranks)
     for which in (signal.SIGTERM, signal.SIGUSR1):

@@ -1,0 +1,153 @@
+"""What others say of the rows that a policy trains on: its reference, and a reward model; here, or on ranks of their own."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.plan import Plan
+from real import checkpoint
+from real.alignment import Alignment, Rank
+from real.cluster import rank
+from real.learner import Network, Rows
+from real.pretrain import Start
+from real.roles import Follow, Lead
+
+WAIT = 0.2  # seconds between two beats of a rank that waits
+
+
+def last_of(values: Tensor, mask: Tensor) -> Tensor:
+    """The number at the last token of each row [N], which the one after its last target's place is."""
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return values.gather(1, (last + 1).clamp(max=mask.shape[1] - 1).unsqueeze(1)).squeeze(1)
+
+
+def judge_of(plan: Plan) -> Path | None:
+    """The checkpoint of the reward model that the plan names.
+
+    Raises Refused where it holds none.
+    """
+    from conf.errors import Refused
+
+    folder = plan.align.reward_model if plan.align.rollouts and plan.align.reward == "model" else None
+    if folder is None:
+        return None
+    if not Path(folder).is_dir():
+        raise Refused(f"align.reward_model={folder} is no folder; name that of a run with align=reward")
+    path, _ = checkpoint.find(Path(folder))
+    shapes, vocab = checkpoint.shapes(path), plan.model.vocab
+    if "model.score.weight" not in shapes:
+        raise Refused(f"align.reward_model={folder}: {path.name} is no reward model's; name the folder of a run with align=reward")
+    have = shapes["model.embed_tokens.weight"]
+    if have != (vocab, plan.model.hidden):
+        raise Refused(f"align.reward_model={folder} has embeddings {have}, the policy ({vocab}, {plan.model.hidden}): another vocabulary "
+                      "or width; train one on this model with align=reward")  # fmt: skip
+    return path
+
+
+class Scorers:
+    """The reference and the reward model, as the trainers ask them."""
+
+    def __init__(self, trainer: Alignment, policy: Network, lead: Lead | None = None) -> None:
+        self.trainer, self.policy, plan = trainer, policy, trainer.plan
+        self.kind, self.apart = plan.align.reference, plan.roles.scorers != plan.roles.trainers
+        self.path = judge_of(plan)
+        here = (plan.aligned, trainer.axes, trainer.timeline)
+        held = not self.apart and self.kind == "model" and (plan.align.method == "dpo" or plan.align.beta > 0)
+        self.model = Network(*here, trainer.start.base) if held else None
+        self.judge = loaded(Network(*here, None, judge=True), self.path) if self.path and not self.apart else None
+        self.lead = lead or (Lead(plan) if self.apart and rank() == 0 else None)
+
+    def reference(self, rows: Rows) -> Tensor:
+        """Log-probabilities of all rows under the reference, [N, T]; every trainer gets all of them."""
+        if self.apart and self.kind == "model":
+            return self._remote("reference", rows)
+        if self.kind == "adapter_off":
+            with self.policy.unadapted():
+                return self._shared(self.policy.asked(self.policy.logp, self.policy.mine(rows), "logprob"), rows)
+        assert self.model is not None
+        return self._shared(self.model.asked(self.model.logp, self.model.mine(rows), "logprob"), rows)
+
+    def rewards(self, rows: Rows) -> Tensor:
+        """The reward model's number of every row, [N]."""
+        if self.apart:
+            return self._remote("rewards", rows)
+        assert self.judge is not None
+        mine = self.judge.mine(rows)
+        return self._shared(last_of(self.judge.asked(self.judge.values, mine, "score"), mine.mask), rows)
+
+    def _shared(self, mine: Tensor, rows: Rows) -> Tensor:
+        """Every data-parallel rank's part, as all rows."""
+        if not dist.is_initialized():
+            return mine.cpu()
+        axes, whole = self.trainer.axes, mine.new_zeros((len(rows), *mine.shape[1:]))
+        whole[(axes.dp_rank if axes else 0) * len(mine) :][: len(mine)] = mine
+        with self.trainer.timeline.during("communication"):
+            dist.all_reduce(whole)
+        return (whole / self.trainer.plan.mesh.tp).cpu()
+
+    def _remote(self, what: str, rows: Rows) -> Tensor:
+        """The first trainer asks the scorers, each for a share of the rows, and tells the others."""
+        found = torch.zeros(rows.mask.shape if what == "reference" else (len(rows),))
+        if self.lead is not None:
+            self.trainer.timeline.enter("idle")
+            ranks = self.trainer.plan.roles.scorers
+            each = -(-len(rows) // len(ranks))
+            for number, one in enumerate(ranks):
+                part = rows.take(slice(number * each, (number + 1) * each))
+                self.lead.tell(one, what, number * each, part.tokens.numpy(), part.mask.numpy())
+            left = len(ranks)
+            while left:
+                for _, (_, first, told) in self.lead.hear(WAIT):
+                    found[first : first + len(told)] = torch.from_numpy(told)
+                    left -= 1
+                self.trainer.enter("idle")
+        if dist.is_initialized():
+            with self.trainer.timeline.during("idle"):
+                dist.broadcast(found, 0)
+        return found
+
+    def close(self) -> None:
+        if self.lead is not None and self.apart:
+            self.lead.close()
+
+
+def loaded(network: Network, path: Path) -> Network:
+    """A reward model from its checkpoint."""
+    named = {f"model.{name}": p.detach() for name, p in network.model.named_parameters()}
+    checkpoint.read(named, path)
+    return network
+
+
+def serve(plan: Plan, start: Start) -> bool:
+    """A rank that scores for the trainers until they have ended: it holds the reference and the reward model whole."""
+    me, align = Rank(plan, start), plan.align
+    alone = plan.but(**{"mesh.tp": 1, "mesh.cp": 1, "mesh.pp": 1, "mesh.dp_replicate": 1, "mesh.dp_shard": 1}).aligned
+    alone = alone.but(**{"train.micro_batch": align.micro_batch})
+    with me.timeline.during("load"):
+        path = judge_of(plan)
+        reference = Network(alone, None, me.timeline, start.base) if align.reference == "model" else None
+        judge = loaded(Network(alone, None, me.timeline, None, judge=True), path) if path else None
+    line = Follow()
+    me.enter("idle")
+    while True:
+        message: Any = line.hear(WAIT)
+        if message is None:
+            me.enter("idle")
+            continue
+        if message[0] == "end":
+            me.finish()
+            return True
+        what, first, tokens, mask = message
+        rows = Rows(torch.from_numpy(tokens), torch.from_numpy(mask)).to(me.device)
+        if len(rows):
+            network = reference if what == "reference" else judge
+            assert network is not None
+            told = network.asked(network.logp if what == "reference" else network.values, rows, "logprob" if what == "reference" else "score")
+            told = told if what == "reference" else last_of(told, rows.mask)
+            line.tell(what, first, told.cpu().numpy())
+        else:
+            line.tell(what, first, mask[:, 0] if what == "rewards" else mask)
+        me.book()
