@@ -18,7 +18,7 @@ from conf.program import explain, flag, load, run, split
 from conf.record import read_summary
 from conf.units import show
 from real.heartbeat import STOPPED, Stopped
-from real.life import DATA, STAGES, TUNED, Life
+from real.life import ALIGNED, DATA, STAGES, TUNED, Life
 from real.place import Place, place
 
 USAGE = """
@@ -33,6 +33,7 @@ foretold real [options] [group=option] [key=value]   execute a plan
   foretold real -m model.layers=2,4 train.steps=500,1000        every combination, one after the other
   foretold real start=runs/p0a1b2c3d4 mesh.tp=2  go on from another plan's checkpoint, on another mesh
   foretold real finetune=lora finetune.data=chats.jsonl          adapters on the model that pre-training, or start=FOLDER, leaves
+  foretold real only=align start=runs/p0a1b2c3d4 align=dpo align.data=pairs.jsonl      preferences; align=grpo: rewards
   foretold real verify=true                      whether every file of the data stages is what its receipt says
   foretold real export=model                     the newest checkpoint as a Hugging Face model
   torchrun --nproc-per-node 2 -m real            ranks started by torchrun
@@ -156,6 +157,8 @@ def _leads() -> bool:
 def _check(plan: Plan, only: Sequence[str]) -> None:
     if list(only) == ["finetune"] and plan.finetune.method == "none":
         raise Refused("only=finetune, but finetune.method=none; choose one, as in finetune=lora finetune.data=chats.jsonl")
+    if list(only) == ["align"] and plan.align.method == "none":
+        raise Refused("only=align, but align.method=none; choose one, as in align=dpo align.data=pairs.jsonl")
     if set(only) - set(DATA):
         from real import cluster
         from real.parallel import refuse_unbuilt
@@ -197,8 +200,12 @@ def _steps(asked: str) -> tuple[int, int] | None:
 
 
 def _export(plan: Plan, folder: Path, target: Path, options: Mapping[str, str]) -> int:
-    from real import checkpoint, finetune, huggingface
+    from real import align, checkpoint, finetune, huggingface
 
+    if plan.align.method != "none" and "align" in _parts(options["only"]):
+        path, size = align.export(folder / ALIGNED, plan, target)
+        print(f"{path.name} of {path.parent.parent} is in {target}: {huggingface.family(plan.model)}, {show(size, 'B')}")
+        return 0
     if plan.finetune.method != "none" and "finetune" in _parts(options["only"]):
         path, size = finetune.export(folder / TUNED, plan, target)
         print(f"{path.name} of {path.parent.parent} is in {target}: {huggingface.family(plan.model)}, {show(size, 'B')}")
@@ -250,6 +257,8 @@ def _run(plan: Plan, folder: Path, only: Sequence[str], source: Path | None, tra
         life.pretrain()
     if "finetune" in only and plan.finetune.method != "none":
         life.finetune()
+    if "align" in only and plan.align.method != "none":
+        life.align()
     return life.close()
 
 

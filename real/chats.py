@@ -28,6 +28,7 @@ TEMPLATES = {
               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "llama3": "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>"
               "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "bare": "{% for m in messages %}{{ m.content }}{% endfor %}",
 }  # fmt: skip
 Messages = list[dict[str, str]]
 

@@ -14,6 +14,7 @@ from real.engine import engine
 if TYPE_CHECKING:
     from real.life import Life
 
+FOLDER = "finetune"  # of the record, in that of the run
 ADAPTER, BASE = "adapter", "base"  # the adapters' folder, and the file that says what they are for
 
 

@@ -14,7 +14,7 @@ from conf.record import STATES
 
 FIELDS = ("beats", "at", "state", "step", "work")
 ORDERS = ("slow", "until", "flip")  # played faults: times as slow, until when; a bit of a weight to turn
-PATIENT = ("init", "load", "checkpoint", "idle")  # states that may last longer than a part of a step
+PATIENT = ("init", "load", "checkpoint", "idle", "queue", "sync")  # states that may last longer than a part of a step
 
 
 STOPPED = "stopped"  # a file of a run's folder that says the same

@@ -57,8 +57,8 @@ class Rows:
 
 
 def rows_of(tokens: Sequence[Sequence[int] | np.ndarray], learned: Sequence[np.ndarray], even: int) -> Rows:
-    """Sequences of different lengths as rows; `learned` says which tokens are to be predicted."""
-    width = max(map(len, tokens)) - 1
+    """Sequences of different lengths as rows, of which each token is an input; `learned` says which are to be predicted."""
+    width = max(map(len, tokens))
     width += -width % even
     both, mask = np.zeros((len(tokens), width + 1), np.int64), np.zeros((len(tokens), width), np.float32)
     for row, (ids, wanted) in enumerate(zip(tokens, learned, strict=True)):
@@ -111,6 +111,15 @@ class Network:
             told = torch.cat([what(micro) for micro in rows.split(self.plan.train.micro_batch)])
         self.model.train(self.optimizer is not None)
         return told
+
+    def everyone(self, mine: Tensor, rows: Rows) -> Tensor:
+        """Every data-parallel rank's answers, as those of all rows."""
+        if self.axes is None:
+            return mine.cpu()
+        whole = mine.new_zeros((len(rows), *mine.shape[1:]))
+        whole[self.axes.dp_rank * len(mine) :][: len(mine)] = mine
+        with self.timeline.during("communication"):
+            return (parallel.total(whole) / (self.tp.size if self.tp else 1)).cpu()
 
     @contextmanager
     def unadapted(self) -> Iterator[None]:

@@ -21,11 +21,12 @@ from real.heartbeat import Stopped, clock
 from real.place import Place, join
 from real.shards import trained
 from real.stage import Manifest
-from real.summary import summary
+from real.summary import aligned, summary
 
+Summing = Callable[[Plan, Any, Any], dict[str, float | Value]]  # of the ledger and the events
 DATA = ("crawl", "extract", "dedup", "tokens")
-STAGES = (*DATA, "pretrain", "finetune")
-TUNED = "finetune"  # folder of the fine-tuning's record, in that of the run
+STAGES = (*DATA, "pretrain", "finetune", "align")
+TUNED, ALIGNED = "finetune", "align"  # folders of their records, in that of the run
 NO_CORPUS = "data.path=null: real needs a corpus; name a file, folder or glob, or data=python"
 
 
@@ -202,19 +203,27 @@ class Life:
 
     def train(self, foretold: dict[str, float], **how: Path | None) -> None:
         """The loop of optimizer steps, watched."""
-        from real.cluster import under_torchrun
         from real.pretrain import Start, pretrain
-        from real.recovery import Supervisor
 
         self.record.event("pretrain", "start")
         launched = self.record.now()
         start = Start(self.folder, self.epoch, launched, launched, self.furthest, foretold, traced=self.traced, whole=self.plan,
                       replica=self.place.number if self.place else None, **how)  # fmt: skip
+        self.supervise(pretrain, start)
+
+    def supervise(self, work: Callable[..., bool], start: Any) -> None:
+        """`work` on every rank, which are watched, until it is done.
+
+        Raises Stopped when a signal asked for an end.
+        """
+        from real.cluster import under_torchrun
+        from real.recovery import Supervisor
+
         if not under_torchrun():
-            Supervisor(self.part, self.folder, self.record, self.say).run(pretrain, start)
-        elif not self._launch(pretrain, start):
+            Supervisor(self.part, self.folder, self.record, self.say).run(work, start)
+        elif not self._launch(work, start):
             raise Stopped
-        self._spend_rest("pretrain", launched)
+        self._spend_rest("pretrain", start.launched)
 
     def finetune(self) -> None:
         """Fine-tuning is training, of the plan's `tuned` twin and in a record of its own below this one."""
@@ -223,6 +232,14 @@ class Life:
         inner = Life(self.plan.tuned, self.folder / TUNED, self.say, traced=self.traced)
         finetune.run(inner, self.folder, self.source)
         inner.close()
+
+    def align(self) -> None:
+        """Alignment has a record of its own, as fine-tuning has."""
+        from real import align
+
+        inner = Life(self.plan.but(**{"failures.script": []}), self.folder / ALIGNED, self.say, traced=self.traced)
+        align.run(inner, self.folder, self.source)
+        inner.close(aligned)
 
     def join(self, home: Path) -> None:
         """A later replica uses what the first has prepared."""
@@ -242,7 +259,7 @@ class Life:
         self.record.flush()
         return launch(self.part, self.folder, work, *arguments)
 
-    def close(self) -> dict[str, Any]:
+    def close(self, summed: Summing = summary) -> dict[str, Any]:
         """Seal the record and sum it up."""
         self.record.event("run", "end")
         self.record.flush()
@@ -250,16 +267,22 @@ class Life:
         sweep(self.folder, self.born)
         first = self.place is None or self.place.number == 0
         rows, events = (read_all(self.folder, file) for file in ("ledger", "events"))
-        quantities = summary(self.plan if first else self.part, rows, events)
-        return summarise(self.folder, self.plan.id, "real", quantities | _tuned(self.folder / TUNED, self.plan))
+        quantities = summed(self.plan if first else self.part, rows, events)
+        later = _tuned(self.folder / TUNED, self.plan) | _quantities(self.folder / ALIGNED)
+        return summarise(self.folder, self.plan.id, "real", quantities | later)
+
+
+def _quantities(folder: Path) -> dict[str, float | Value]:
+    """What a record's summary says."""
+    summed = read_summary(folder)
+    return {name: Value(q["value"], q["low"], q["high"]) for name, q in summed["quantities"].items()} if summed else {}
 
 
 def _tuned(folder: Path, plan: Plan) -> dict[str, float | Value]:
     """Quantities of the fine-tuning, by its own name; MFU counts the FLOPs of what was trained."""
-    summed = read_summary(folder)
-    if summed is None:
+    found = _quantities(folder)
+    if not found:
         return {}
-    found = {name: Value(q["value"], q["low"], q["high"]) for name, q in summed["quantities"].items()}
     told: dict[str, float | Value] = {n.replace("pretrain.", "finetune."): value for n, value in found.items() if n.startswith("pretrain.")}
     if plan.finetune.adapters and "pretrain.mfu" in found:
         ways = flops_per_token(plan.model, plan.finetune.seq_len), found["pretrain.parameters"].value

@@ -18,6 +18,7 @@ from real.stage import Manifest, Task, sha256
 
 VERSION = 1
 SPLITS = ("train", "held_out")
+ASKED = np.dtype([("question", "<i8"), ("longer", "?")])  # of a pair: its question's number, and whether the chosen text is the longer one
 
 
 class Preference(NamedTuple):
@@ -108,8 +109,8 @@ def encode(folder: Path, name: str, path: str, first: int, stop: int, tokenizer:
     coder, shape = Coder(tokenizer), Template(template, "align.template")
     dtype = np.uint16 if coder.vocab < 65500 else np.int32
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
-    questions: dict[str, list[int]] = {split: [] for split in SPLITS}
-    told = {"pairs": 0, "tokens": 0, "cut": 0, "left out": 0, "longer wins": 0}
+    beside: dict[str, list[tuple[int, bool]]] = {split: [] for split in SPLITS}
+    told = {"pairs": 0, "tokens": 0, "cut": 0, "left out": 0}
     for number, line in lines(path, first, stop):
         try:
             one = preference(line)
@@ -124,15 +125,14 @@ def encode(folder: Path, name: str, path: str, first: int, stop: int, tokenizer:
         question = json.dumps(one.asked)
         split = "held_out" if held_out_of(question, held_out) else "train"
         found[split] += cut
-        questions[split].append(hash_of(question))
+        beside[split].append((hash_of(question), len(one.chosen) > len(one.rejected)))
         told["pairs"] += 1
         told["tokens"] += sum(len(ids) for ids, _ in cut)
         told["cut"] += sum(len(ids) > asked + new_tokens for ids, _ in both)
-        told["longer wins"] += len(one.chosen) > len(one.rejected)
     for split, rows in found.items():
         write_shard(folder / f"{split}-{name}", [ids for ids, _ in rows])
         np.concatenate([learned for _, learned in rows] or [np.zeros(0, bool)]).astype(np.uint8).tofile(folder / f"{split}-{name}.learned")
-        np.array(questions[split], np.int64).tofile(folder / f"{split}-{name}.asked")
+        np.array(beside[split], ASKED).tofile(folder / f"{split}-{name}.asked")
     return told
 
 
@@ -162,15 +162,19 @@ class Pairs:
 
     def __init__(self, folder: Path, split: str) -> None:
         manifest = Manifest.read(folder)
-        self.tokens, self.learned, asked = list[np.ndarray](), list[np.ndarray](), [np.zeros(0, np.int64)]
+        self.tokens, self.learned, asked = list[np.ndarray](), list[np.ndarray](), [np.zeros(0, ASKED)]
         for output in manifest.outputs:
             if output["path"].startswith(f"{split}-") and output["path"].endswith(".bin") and output["bytes"]:
                 dtype, lengths = read_index(manifest.verified_twin(output, ".idx"))
                 edges = np.cumsum(lengths)[:-1]
                 self.tokens += np.split(np.fromfile(manifest.verified(output), dtype).astype(np.int64), edges)
                 self.learned += np.split(np.fromfile(manifest.verified_twin(output, ".learned"), np.uint8) > 0, edges)
-                asked.append(np.fromfile(manifest.verified_twin(output, ".asked"), np.int64))
-        self.asked = np.concatenate(asked)  # the question of each pair
+                asked.append(np.fromfile(manifest.verified_twin(output, ".asked"), ASKED))
+        self.asked = np.concatenate(asked)
+
+    def by_length(self, most: int) -> list[int]:
+        """The first pairs, shortest first, so that those that are padded together have nearly the same length."""
+        return sorted(range(min(most, len(self))), key=lambda i: max(len(self.tokens[2 * i]), len(self.tokens[2 * i + 1])))
 
     def __len__(self) -> int:
         return len(self.asked)

@@ -70,6 +70,10 @@ def _unbuilt_model(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "model.mla with model.qk_norm or model.layer_norm", "set model.qk_norm=false model.layer_norm=false"
     if plan.finetune.method != "none" and plan.failures.restart == "replica":
         yield "fine-tuning where replicas restart alone", "set failures.restart=job"
+    if plan.align.method != "none" and plan.mesh.pp * plan.mesh.cp > 1:
+        yield "an alignment over mesh.pp or mesh.cp", "set mesh.pp=1 mesh.cp=1; mesh.dp_shard, mesh.tp and mesh.ep are executed"
+    if plan.align.engine_tp > 1:
+        yield f"align.engine_tp={plan.align.engine_tp}", "set align.engine_tp=1: a generator is one rank"
     if plan.train.recompute == "attention":
         yield "train.recompute=attention", "set train.recompute=selective"
     if model.moe.experts and plan.train.compile and plan.train.recompute != "none":

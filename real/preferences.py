@@ -1,16 +1,13 @@
 """Learning from preferences: DPO, and reward models. A pair is two rows, the chosen one first; a loss looks at both."""
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from conf.plan import Plan
-from conf.record import QUANTITIES
 from real import parallel
 from real.alignment import STAGE, Alignment, Told
 from real.cluster import rank
@@ -66,7 +63,8 @@ class Preferences(Alignment):
         loss, norm = self.model.learn(self.model.mine(rows), self._loss, count, step, whole)
         margins = torch.cat(self.margins)
         right, margin = (self.model.total(value.double().sum()) / count for value in (margins > 0, margins))
-        return Told({"loss": loss, "gradient_norm": norm, "accuracy": right, "margin": margin},
+        tokens = float(rows.mask.sum())
+        return Told({"loss": loss, "gradient_norm": norm, "accuracy": right, "margin": margin, "tokens": tokens},
                     f"loss {loss:.4f}  accuracy {right:.0%}  margin {margin:.3f}")  # fmt: skip
 
     def _loss(self, rows: Rows) -> Sum:
@@ -81,8 +79,7 @@ class Preferences(Alignment):
 
     def _rows(self, pairs: Pairs, which: Sequence[int], split: str) -> Rows:
         """Pairs as rows, with what the reference says of them."""
-        places = [place for pair in which for place in (2 * pair, 2 * pair + 1)]
-        rows = rows_of([pairs.tokens[p] for p in places], [pairs.learned[p] for p in places], self.model.even)
+        rows = self._rows_alone(pairs, which)
         if self.judges:
             return rows
         if split in self.told:
@@ -99,10 +96,9 @@ class Preferences(Alignment):
         if not path.is_file():
             found = torch.zeros(len(pairs), 2, dtype=torch.float64)
             reference = Network(self.learning, self.axes, self.timeline, self.start.base)
-            for some in self._dealt(len(pairs)):
-                rows = self._rows_alone(pairs, some)
-                told = reference.asked(reference.logp, reference.mine(rows), "logprob")
-                mine = reference.mine(rows)
+            for some in self._dealt(pairs.by_length(len(pairs))):
+                mine = reference.mine(self._rows_alone(pairs, some))
+                told = reference.asked(reference.logp, mine, "logprob")
                 self._put(found, some, self._summed(told, mine).view(-1, 2))
             found = self._gathered(found)
             if rank() == 0:
@@ -116,10 +112,10 @@ class Preferences(Alignment):
 
     # -- over many pairs
 
-    def _dealt(self, pairs: int) -> list[list[int]]:
-        """Numbers of pairs in batches that divide among the data-parallel ranks; the last is filled up with the first again."""
-        each = self.learning.dp * max(1, self.align.micro_batch // 2)
-        return [[(start + i) % pairs for i in range(each)] for start in range(0, pairs, each)]
+    def _dealt(self, pairs: Sequence[int]) -> list[list[int]]:
+        """Pairs in batches that divide among the data-parallel ranks; the last is filled up with the first again."""
+        each = self.learning.dp * (self.align.micro_batch // 2)
+        return [[pairs[(start + i) % len(pairs)] for i in range(each)] for start in range(0, len(pairs), each)]
 
     def _put(self, found: Tensor, some: Sequence[int], mine: Tensor) -> None:
         """This rank's answers, at the places of their pairs."""
@@ -140,20 +136,20 @@ class Preferences(Alignment):
         count = min(MOST, len(self.held_out))
         found = torch.zeros(count, dtype=torch.float64)
         with self.timeline.during("evaluate"):
-            for some in self._dealt(count):
+            for some in self._dealt(self.held_out.by_length(count)):
                 rows = self.model.mine(self._rows(self.held_out, some, "held_out"))
                 what = self.model.values if self.judges else self.model.logp
                 told = self.model.asked(what, rows, "evaluate")
                 scores = last_of(told, rows.mask) if self.judges else self._summed(told, rows) - rows["reference"]
                 self._put(found, some, scores[0::2] - scores[1::2])
             margins = self._gathered(found).numpy()
-        share, error = clustered(margins > 0, self.held_out.asked[:count])
-        longer = clustered(np.array([len(self.held_out.tokens[2 * i]) > len(self.held_out.tokens[2 * i + 1]) for i in range(count)]),
-                           self.held_out.asked[:count])[0]  # fmt: skip
+        asked = self.held_out.asked[:count]
+        share, error = clustered(margins > 0, asked["question"])
+        longer = float(asked["longer"].mean())
         if rank() == 0:
             for name, value in (("held_out_accuracy", share), ("held_out_error", error), ("longer_wins", longer)):
                 self.record.observe(STAGE, name, value, self.done)
-        self.say(f"held-out accuracy {share:.1%} ± {error:.1%} on {count} pairs of {len(set(self.held_out.asked[:count]))} questions after "
+        self.say(f"held-out accuracy {share:.1%} ± {error:.1%} on {count} pairs of {len(set(asked['question']))} questions after "
                  f"step {self.done}; the longer answer is the chosen one in {longer:.1%}")  # fmt: skip
 
 

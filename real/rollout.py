@@ -65,6 +65,7 @@ class Engine:
             raise Refused(f"prompts and completions of {longest} tokens exceed {rows}; lower align.prompt_tokens or align.new_tokens")
         self.model, self.slots, self.longest, self.new_tokens = model, slots, longest, new_tokens
         self.end, self.temperature, self.device, self.version = end, temperature, torch.device(device), 0
+        self.paused = False  # whether what waits stays waiting
         self._columns = torch.arange(longest, device=self.device)
         self._turns = None
         if shape.positions == "rope":
@@ -120,7 +121,7 @@ class Engine:
     def step(self) -> list[Sample]:
         """Fill free slots from the queue, draw one token for every sample, and return those that have finished."""
         first = len(self._live)
-        while self._queue and len(self._live) < self.slots:
+        while self._queue and len(self._live) < self.slots and not self.paused:
             self._live.append(self._queue.popleft())
         if not self._live:
             return []

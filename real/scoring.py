@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from conf.errors import Refused
 from conf.plan import Plan
 from real import checkpoint
 from real.alignment import Alignment, Rank
-from real.cluster import rank
+from real.cluster import device, rank
 from real.learner import Network, Rows
 from real.pretrain import Start
 from real.roles import Follow, Lead
@@ -29,8 +30,6 @@ def judge_of(plan: Plan) -> Path | None:
 
     Raises Refused where it holds none.
     """
-    from conf.errors import Refused
-
     folder = plan.align.reward_model if plan.align.rollouts and plan.align.reward == "model" else None
     if folder is None:
         return None
@@ -66,9 +65,9 @@ class Scorers:
             return self._remote("reference", rows)
         if self.kind == "adapter_off":
             with self.policy.unadapted():
-                return self._shared(self.policy.asked(self.policy.logp, self.policy.mine(rows), "logprob"), rows)
+                return self.policy.everyone(self.policy.asked(self.policy.logp, self.policy.mine(rows), "logprob"), rows)
         assert self.model is not None
-        return self._shared(self.model.asked(self.model.logp, self.model.mine(rows), "logprob"), rows)
+        return self.model.everyone(self.model.asked(self.model.logp, self.model.mine(rows), "logprob"), rows)
 
     def rewards(self, rows: Rows) -> Tensor:
         """The reward model's number of every row, [N]."""
@@ -76,17 +75,7 @@ class Scorers:
             return self._remote("rewards", rows)
         assert self.judge is not None
         mine = self.judge.mine(rows)
-        return self._shared(last_of(self.judge.asked(self.judge.values, mine, "score"), mine.mask), rows)
-
-    def _shared(self, mine: Tensor, rows: Rows) -> Tensor:
-        """Every data-parallel rank's part, as all rows."""
-        if not dist.is_initialized():
-            return mine.cpu()
-        axes, whole = self.trainer.axes, mine.new_zeros((len(rows), *mine.shape[1:]))
-        whole[(axes.dp_rank if axes else 0) * len(mine) :][: len(mine)] = mine
-        with self.trainer.timeline.during("communication"):
-            dist.all_reduce(whole)
-        return (whole / self.trainer.plan.mesh.tp).cpu()
+        return self.judge.everyone(last_of(self.judge.asked(self.judge.values, mine, "score"), mine.mask), rows)
 
     def _remote(self, what: str, rows: Rows) -> Tensor:
         """The first trainer asks the scorers, each for a share of the rows, and tells the others."""
@@ -95,10 +84,11 @@ class Scorers:
             self.trainer.timeline.enter("idle")
             ranks = self.trainer.plan.roles.scorers
             each = -(-len(rows) // len(ranks))
-            for number, one in enumerate(ranks):
-                part = rows.take(slice(number * each, (number + 1) * each))
-                self.lead.tell(one, what, number * each, part.tokens.numpy(), part.mask.numpy())
-            left = len(ranks)
+            starts = range(0, len(rows), each)
+            for one, begin in zip(ranks, starts, strict=False):
+                part = rows.take(slice(begin, begin + each))
+                self.lead.tell(one, what, begin, part.tokens.numpy(), part.mask.numpy())
+            left = len(starts)
             while left:
                 for _, (_, first, told) in self.lead.hear(WAIT):
                     found[first : first + len(told)] = torch.from_numpy(told)
@@ -124,8 +114,7 @@ def loaded(network: Network, path: Path) -> Network:
 def serve(plan: Plan, start: Start) -> bool:
     """A rank that scores for the trainers until they have ended: it holds the reference and the reward model whole."""
     me, align = Rank(plan, start), plan.align
-    alone = plan.but(**{"mesh.tp": 1, "mesh.cp": 1, "mesh.pp": 1, "mesh.dp_replicate": 1, "mesh.dp_shard": 1}).aligned
-    alone = alone.but(**{"train.micro_batch": align.micro_batch})
+    alone = plan.aligned.but(**{f"mesh.{axis}": 1 for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")})
     with me.timeline.during("load"):
         path = judge_of(plan)
         reference = Network(alone, None, me.timeline, start.base) if align.reference == "model" else None
@@ -141,13 +130,12 @@ def serve(plan: Plan, start: Start) -> bool:
             me.finish()
             return True
         what, first, tokens, mask = message
-        rows = Rows(torch.from_numpy(tokens), torch.from_numpy(mask)).to(me.device)
-        if len(rows):
-            network = reference if what == "reference" else judge
-            assert network is not None
-            told = network.asked(network.logp if what == "reference" else network.values, rows, "logprob" if what == "reference" else "score")
-            told = told if what == "reference" else last_of(told, rows.mask)
-            line.tell(what, first, told.cpu().numpy())
+        rows = Rows(torch.from_numpy(tokens), torch.from_numpy(mask)).to(device(plan))
+        if what == "reference":
+            assert reference is not None
+            told = reference.asked(reference.logp, rows, "logprob")
         else:
-            line.tell(what, first, mask[:, 0] if what == "rewards" else mask)
+            assert judge is not None
+            told = last_of(judge.asked(judge.values, rows, "score"), rows.mask)
+        line.tell(what, first, told.cpu().numpy())
         me.book()

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,6 +32,33 @@ def summary(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
         if "tokens.tokens" in told:
             told["tokens.supply"] = told["tokens.tokens"] / sum(seconds) / told["pretrain.tokens_per_s"]
     return told
+
+
+def aligned(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
+    """Quantities of an alignment, from its own record: a step's time and tokens, where the ranks' time went, and what was learned."""
+    rows = [row for row in ledger if row["stage"] != "run"]
+    found = defaultdict[str, dict[int, float]](dict)
+    for row in rows:  # a step done again counts as it was done last
+        if row["step"] is not None and (row["rank"] or 0) == 0:
+            found[row["quantity"]][row["step"]] = row["value"]
+    times = sorted(found["step_time"].values())
+    states = state_totals(rows)
+    wall = sum(states.values()) / plan.ranks
+    told: dict[str, float | Value] = {"seconds": wall, "cost": wall * plan.ranks / 3600 * plan.price.gpu_hours[plan.gpu.name].mid}
+    told |= dict(states)
+    if times:
+        rate = sum(found["tokens"].values()) / sum(times)
+        told |= {"step_time": Value(statistics.median(times), times[len(times) // 10], times[len(times) * 9 // 10]),
+                 "tokens_per_s": rate, "tokens_per_s_per_gpu": rate / plan.ranks}  # fmt: skip
+    told |= {name: max(found[name].values()) for name in ("checkpoint_bytes", "staleness") if found[name]}
+    told |= {name: sum(found[name].values()) for name in ("discarded", "failed") if found[name]}
+    for name in ("held_out_accuracy", "held_out_error", "longer_wins", "held_out_reward"):
+        told |= {name: found[name][max(found[name])]} if found[name] else {}
+    for name in ("reward", "accuracy", "kl", "completion_tokens", "sync_bytes", "sync_seconds"):  # noise of a step averages out
+        told |= {name: statistics.fmean(list(found[name].values())[-10:])} if found[name] else {}
+    peak = [row["value"] for row in rows if row["quantity"] == "peak_memory"]
+    told |= {"peak_memory": max(peak)} if peak else {}
+    return {f"align.{name}": value for name, value in told.items()}
 
 
 def _training(plan: Plan, rows: list[Mapping[str, Any]], events: list[Mapping[str, Any]]) -> dict[str, float | Value]:
