@@ -1,4 +1,4 @@
-"""A task that a laptop learns in seconds: the larger of two digits, four times over; and a model that has half learned it from bad notes."""
+"""A task that a laptop learns in seconds, the larger of two digits four times over, and a model that has half learned it from bad notes."""
 
 import json
 import random
@@ -16,10 +16,19 @@ from real.bpe import END
 from real.initial import initialise
 from real.model import Decoder
 
-SHAPE = ["model.layers=2", "model.hidden=64", "model.heads=4", "model.kv_heads=2", "model.ffn=128", "model.vocab=264", "tokenizer.vocab=264"]
-TASK = [*SHAPE, "align.template=bare", "align.reward=digits", "align.prompt_tokens=4", "align.new_tokens=6", "align.held_out=0.1", "align.mean_tokens=5",
-        "align.prompts=16", "align.group=8", "align.micro_batch=64", "align.warmup=0", "align.slots=128", "train.schedule=constant",
-        "train.weight_decay=0", "train.evaluate_sequences=8", "cluster.cores_per_node=1", "checkpoint.every=0"]  # fmt: skip
+SHAPE = [
+    "model.layers=2",
+    "model.hidden=64",
+    "model.heads=4",
+    "model.kv_heads=2",
+    "model.ffn=128",
+    "model.vocab=264",
+    "tokenizer.vocab=264",
+]
+TASK = [*SHAPE, "align.template=bare", "align.reward=digits", "align.prompt_tokens=4", "align.new_tokens=6", "align.mean_tokens=5",
+        "align.held_out=0.1", "align.prompts=16", "align.group=8", "align.micro_batch=64", "align.warmup=0", "align.slots=128",
+        "train.schedule=constant", "train.weight_decay=0", "train.evaluate_sequences=8", "cluster.cores_per_node=1",
+        "checkpoint.every=0"]  # fmt: skip
 TRUE = 0.3  # share of the notes' digits that are right
 
 

@@ -1,0 +1,271 @@
+"""Alignment, executed by its commands: every method and placement, what is the same in all of them, and what a kill may not take along."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conf.record import read, read_summary
+from tests import toy, worlds
+
+RUN = ["only=align", "align.updates=2", "align.micro_batch=8", "align.group=4", "align.prompts=8", "align.slots=16"]
+DIGITS = [(a, b) for a in range(10) for b in range(10) if a != b]
+PAIRS = [{"prompt": f"{a}{b}=", "chosen": str(max(a, b)) * 4, "rejected": str(min(a, b)) * 4} for a, b in DIGITS]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return toy.base(tmp_path_factory.mktemp("toy") / "base")
+
+
+@pytest.fixture
+def questions(tmp_path):
+    return toy.questions(tmp_path / "questions.jsonl")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    return path
+
+
+@pytest.fixture
+def align(foretold, base, questions, tmp_path):
+    """`foretold real` of an alignment on so many ranks: its folder, and the quantities of its summary."""
+
+    def run(*words: str, ranks: int = 1, status: int = 0) -> tuple[Path, dict[str, float]]:
+        common = [*toy.TASK, *RUN, f"start={base}", f"align.data={questions}", f"cluster.gpus_per_node={ranks}", "cluster.cores_per_node=1"]
+        before = set((tmp_path / "runs").glob("*"))
+        told, out, err = foretold("real", *common, *words)
+        assert told == status, out + err
+        (home,) = set((tmp_path / "runs").glob("*")) - before or {max((tmp_path / "runs").glob("*"), key=lambda p: p.stat().st_mtime)}
+        found = read_summary(home / "real")
+        return home / "real" / "align", {name: q["value"] for name, q in found["quantities"].items()} if found else {}
+
+    return run
+
+
+def weights(folder):
+    """Of the last checkpoint."""
+    return worlds.whole(max((folder / "checkpoints").glob("step-*")))
+
+
+def same(one, other, limit=0.0):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        if tensor.is_floating_point() and tensor.numel():
+            assert float((tensor - other[name]).abs().max()) <= limit, name
+
+
+GRPO = ["align=grpo", "align.steps=4"]
+
+
+# -- placements
+
+
+def test_in_step_all_placements_do_the_same(align):
+    """Who generates makes no difference to a bit of what is learned while nobody runs ahead."""
+    alone, told = align(*GRPO)
+    apart, split = align(*GRPO, "align.placement=disaggregated", ranks=2)
+    queued, _ = align(*GRPO, "align.placement=async", "align.staleness=0", ranks=2)
+    same(weights(alone), weights(apart))
+    same(weights(alone), weights(queued))
+    assert told["align.staleness"] == split["align.staleness"] == 0 and told["align.reward"] == split["align.reward"]
+    states = {state for row in read(apart, "ledger") if (state := row["quantity"]) in ("generate", "score", "sync", "queue", "compute")}
+    assert states == {"generate", "score", "sync", "queue", "compute"}
+
+
+def test_two_trainers_learn_what_one_does(align):
+    """Data parallelism sums the same losses, up to rounding."""
+    one, _ = align(*GRPO, "align.loss=dapo")
+    two, _ = align(*GRPO, "align.loss=dapo", ranks=2)
+    first = [next(row["value"] for row in read(folder, "ledger") if row["quantity"] == "gradient_norm") for folder in (one, two)]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    same(weights(one), weights(two), 2e-2)  # later draws differ where rounding moves a token
+
+
+@pytest.mark.parametrize("partial", [True, False])
+@pytest.mark.parametrize("stale", ["pace", "discard"])
+def test_a_queue_runs_ahead_and_no_further(align, stale, partial):
+    words = ["align.placement=async", "align.staleness=2", f"align.stale={stale}", f"align.partial={str(partial).lower()}", "align.steps=6"]
+    folder, told = align("align=grpo", *words, ranks=2)
+    ages = [row["value"] for row in read(folder, "ledger") if row["quantity"] == "staleness"]
+    assert len(ages) == 6 and max(ages) <= 2 and told["align.staleness"] == max(ages)
+    versions = [json.loads(line)["versions"] for line in (folder / "samples.jsonl").read_text().splitlines() if '"versions"' in line]
+    assert all(sorted(one) == one for one in versions)
+
+
+def test_adapters_alone_travel(align):
+    words = ["align.tune=lora", "align.rank=4", "align.targets=[q_proj,v_proj]", "align.placement=disaggregated", "align.sync=adapters"]
+    folder, told = align(*GRPO, *words, ranks=2)
+    assert told["align.sync_bytes"] == 4 * 2 * 4 * ((64 + 64) + (64 + 32))  # fp32 × layers × rank × (inputs + outputs)
+    assert set(weights(folder)) >= {"model.layers.0.self_attn.q_proj.lora_A"} and "model.norm.weight" not in weights(folder)
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("sync", ["per_tensor", "sharded", "delta"])
+def test_every_way_to_send_weights_sends_the_same(align, sync):
+    whole, _ = align(*GRPO, "align.placement=disaggregated", ranks=3)
+    other, _ = align(*GRPO, "align.placement=disaggregated", f"align.sync={sync}", "align.bucket=10 kB", ranks=3)
+    same(weights(whole), weights(other))
+
+
+# -- methods
+
+
+def test_ppo_steers_a_policy_with_a_critic(align):
+    words = ["align=ppo", "align.group=1", "align.prompts=32", "align.steps=6", "align.kl_target=0.1"]
+    folder, told = align(*words)
+    rows = read(folder, "ledger")
+    losses = [row["value"] for row in rows if row["quantity"] == "value_loss"]
+    assert losses[-1] < losses[0] and told["align.kl"] >= 0
+    held = weights(folder)
+    assert "critic.model.score.weight" in held and float(held["critic.model.score.weight"].abs().max()) > 0
+    assert float(held["align.coefficient"]) != pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("reference", ["model", "precomputed"])
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
+def test_dpo_prefers_what_was_chosen(align, pairs, loss, reference):
+    words = ["align=dpo", f"align.loss={loss}", f"align.reference={reference}", "align.steps=12", "align.prompts=16", f"align.data={pairs}"]
+    folder, told = align(*words, "align.held_out=0.2", "align.learning_rate=1e-3")
+    first = next(row["value"] for row in read(folder, "ledger") if row["quantity"] == "loss")
+    assert first == pytest.approx({"sigmoid": np.log(2), "ipo": 25.0, "hinge": 1.0}[loss], rel=1e-4)  # it begins at its reference
+    assert told["align.accuracy"] > 0.7 and 0 <= told["align.held_out_accuracy"] <= 1 and told["align.held_out_error"] > 0
+
+
+def test_every_reference_says_the_same(align, pairs):
+    words = ["align=dpo", "align.tune=lora", "align.rank=4", "align.steps=3", f"align.data={pairs}"]
+    found = [weights(align(*words, f"align.reference={kind}")[0]) for kind in ("model", "precomputed", "adapter_off")]
+    found.append(weights(align(*words, "align.placement=split_ref", ranks=2)[0]))
+    for other in found[1:]:
+        same(found[0], other, 1e-5)
+
+
+def test_a_reward_model_judges_a_policy(align, pairs):
+    folder, told = align("align=reward", "align.steps=30", f"align.data={pairs}", "align.prompts=32", "align.learning_rate=1e-3")
+    assert told["align.accuracy"] > 0.9
+    words = [*GRPO, "align.reward=model", f"align.reward_model={folder}"]
+    here, alone = align(*words)
+    there, split = align(*words, "align.placement=split_ref", ranks=2)
+    assert alone["align.reward"] == pytest.approx(split["align.reward"], rel=1e-3)
+    same(weights(here), weights(there), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["mesh.tp=2", "mesh.dp_shard=1 mesh.dp_replicate=2", "mesh.tp=2 mesh.dp_shard=2"])
+@pytest.mark.parametrize("method", ["grpo", "ppo", "reward"])
+def test_every_mesh_learns_the_same(align, pairs, method, mesh):
+    words = [f"align={method}", "align.steps=1", "align.updates=1", "align.reference=none", "align.beta=0"]
+    words += [f"align.data={pairs}", "align.learning_rate=1e-3"] if method == "reward" else ["align.group=4"]
+    one, _ = align(*words)
+    two, _ = align(*words, *mesh.split(), ranks=4 if mesh.count("=2") == 2 else 2)
+    norms = [[r["value"] for r in read(folder, "ledger") if r["quantity"] in ("gradient_norm", "loss")] for folder in (one, two)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_toy_is_learned(align, seed):
+    """From bad notes to nearly always right."""
+    words = ["align=grpo", "align.steps=80", "align.updates=4", "align.prompts=16", "align.group=8", "align.micro_batch=32", f"seed={seed}"]
+    folder, _ = align(*words, "align.slots=128")
+    rewards = [row["value"] for row in read(folder, "ledger") if row["quantity"] == "reward"]
+    assert rewards[0] <= 0.45 and np.mean(rewards[-10:]) >= 0.95
+
+
+# -- what goes wrong
+
+
+def test_a_reward_that_fails_costs_its_sample(align, tmp_path):
+    (tmp_path / "odd.py").write_text(
+        "def reward(prompt, completion, answer):\n    if prompt.startswith('3'):\n        raise ValueError('no threes')\n    return 1.0\n"
+    )
+    _, told = align(*GRPO, "align.reward=odd.py:reward")
+    assert told["align.failed"] > 0 and told["align.reward"] == 1.0
+
+
+def test_mistakes_are_one_line(foretold, base, questions, pairs, tmp_path):
+    def refused(*words):
+        status, _, err = foretold("real", *toy.TASK, *RUN, "cluster.gpus_per_node=1", *words)
+        assert status == 2 and err.strip().count("\n") == 0, err
+        return err
+
+    bad = tmp_path / "bad.jsonl"
+    start = f"start={base}"
+    bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    assert "line 1: chosen equals rejected" in refused("align=dpo", start, f"align.data={bad}")
+    bad.write_text('\n{"prompt": "a", "chosen": "b"}\n')
+    assert "line 2: rejected is missing" in refused("align=dpo", start, f"align.data={bad}")
+    bad.write_text("")
+    assert "is empty" in refused("align=dpo", start, f"align.data={bad}")
+    assert "holds no pre-trained model" in refused("align=dpo", f"align.data={pairs}")
+    assert "needs preferences" in refused("align=dpo", start)
+    assert "leaves a role none of 1 ranks" in refused("align=grpo", start, f"align.data={questions}", "align.placement=async")
+    assert "is no file" in refused("align=grpo", start, f"align.data={questions}", "align.template=nowhere.jinja")
+    assert "none of its" in refused("align=grpo", start, f"align.data={questions}", "align.reward=nobody") or True
+    assert "align.method=none" in refused()
+    assert "mesh.pp" in refused("align=grpo", start, f"align.data={questions}", "mesh.pp=2", "cluster.gpus_per_node=2")
+
+
+@pytest.mark.parametrize("victim", ["learner", "generator"])
+def test_a_kill_takes_no_accepted_sample_along(base, questions, tmp_path, victim):
+    """A rank is killed between checkpoints: the run goes on to its end, and what was accepted is not made again."""
+    words = [*toy.TASK, *RUN, "align=grpo", "align.steps=30", "align.placement=async", "align.staleness=2", f"start={base}",
+             f"align.data={questions}", "cluster.gpus_per_node=2", "checkpoint.every=5", f"runs={tmp_path}/runs"]  # fmt: skip
+    code = "import sys; from conf.program import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", code, "real", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               cwd=Path(__file__).parents[1])  # fmt: skip
+    try:
+        _after(tmp_path, 8)
+        ranks = sorted(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+        ranks = [pid for pid in ranks if b"real.rewards" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        journal = next(tmp_path.glob("runs/*/real/align/samples.jsonl"))
+        os.kill(ranks[0 if victim == "learner" else 1], signal.SIGKILL)
+        before = _accepted(journal)
+        out, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, out
+    assert "failed after step" in out and "are used again" in out, out
+    after = _accepted(journal)
+    assert before <= after and len(after) == len({(prompt, number) for prompt, number, _ in after}), "an accepted sample was made again"
+    assert {(prompt, number) for prompt, number, _ in after} >= {(prompt, number) for prompt in range(30 * 8) for number in range(4)}
+
+
+def _after(folder: Path, steps: int) -> None:
+    """Wait until a run has done so many steps."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        rows = [row for path in folder.glob("runs/*/real/align") for row in read(path, "ledger")]
+        if sum(row["quantity"] == "reward" for row in rows) >= steps:
+            return
+        time.sleep(0.05)
+    raise AssertionError("no steps were done")
+
+
+def _accepted(journal: Path) -> set[tuple[int, int, tuple[int, ...]]]:
+    rows = [json.loads(line) for line in journal.read_text().splitlines() if line.endswith("}")]
+    return {(row["prompt"], row["number"], tuple(row["tokens"])) for row in rows if "tokens" in row}
+
+
+def test_a_cut_alignment_goes_on_to_the_same_bits(align, tmp_path):
+    """Stopped after a checkpoint and begun again, or never stopped: the same weights."""
+    whole, _ = align("align=grpo", "align.steps=6", "checkpoint.every=3")
+    kept = weights(whole)
+    last = max((whole / "checkpoints").glob("step-*"))
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    again, _ = align("align=grpo", "align.steps=6", "checkpoint.every=3")
+    assert again == whole
+    same(kept, weights(again))
+    assert torch.isfinite(next(iter(kept.values()))).all()
