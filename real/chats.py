@@ -28,6 +28,7 @@ TEMPLATES = {
               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "llama3": "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>"
               "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "bare": "{% for m in messages %}{{ m.content }}{% endfor %}",
 }  # fmt: skip
 Messages = list[dict[str, str]]
 
@@ -38,15 +39,15 @@ class Piece(NamedTuple):
 
 
 class Template:
-    """A chat template, of ours by its name or a user's file, as transformers writes them."""
+    """A chat template, of ours by its name or a user's file, as transformers writes them; `node` is the plan's that names it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, node: str = "finetune") -> None:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self.name = name
         if name not in TEMPLATES and not Path(name).is_file():
-            raise Refused(f"finetune.template={name} is no file; give one, or {', '.join(TEMPLATES)}")
+            raise Refused(f"{node}.template={name} is no file; give one, or {', '.join(TEMPLATES)}")
         self.text = TEMPLATES.get(name) or Path(name).read_text()
         self.error = TemplateError
         world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
@@ -54,7 +55,7 @@ class Template:
         try:
             self.made = world.from_string(self.text)
         except TemplateError as error:
-            raise Refused(f"finetune.template={name} is no template: {error}") from error
+            raise Refused(f"{node}.template={name} is no template: {error}") from error
 
     def _raise(self, message: str) -> None:
         raise self.error(message)
@@ -167,8 +168,7 @@ def encode(folder: Path, name: str, path: str, first: int, stop: int, tokenizer:
             told["left out"] += 1
             continue
         asked = next((m["content"] for m in messages if m["role"] == "user"), line)
-        held = int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=4).digest(), "big") < held_out * 2**32
-        splits["held_out" if held else "train"].append((ids.astype(dtype), learned))
+        splits["held_out" if held(asked, held_out) else "train"].append((ids.astype(dtype), learned))
         told["conversations"] += 1
         told["tokens"] += len(ids)
         told["learned"] += int(learned.sum())
@@ -176,6 +176,11 @@ def encode(folder: Path, name: str, path: str, first: int, stop: int, tokenizer:
         write_shard(folder / f"{split}-{name}", [ids for ids, _ in rows])
         np.concatenate([learned for _, learned in rows] or [np.zeros(0, bool)]).astype(np.uint8).tofile(folder / f"{split}-{name}.learned")
     return told
+
+
+def held(asked: str, share: float) -> bool:
+    """Whether a prompt is one of the share that is kept for evaluation; the same prompt always is, or never."""
+    return int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=4).digest(), "big") < share * 2**32
 
 
 def _lines(path: str, first: int, stop: int) -> Iterator[tuple[int, str]]:
