@@ -39,15 +39,15 @@ class Piece(NamedTuple):
 
 
 class Template:
-    """A chat template, of ours by its name or a user's file, as transformers writes them."""
+    """A chat template, of ours by its name or a user's file, as transformers writes them; `node` is the plan's that names it."""
 
-    def __init__(self, name: str, key: str = "finetune.template") -> None:
+    def __init__(self, name: str, node: str = "finetune") -> None:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self.name = name
         if name not in TEMPLATES and not Path(name).is_file():
-            raise Refused(f"{key}={name} is no file; give one, or {', '.join(TEMPLATES)}")
+            raise Refused(f"{node}.template={name} is no file; give one, or {', '.join(TEMPLATES)}")
         self.text = TEMPLATES.get(name) or Path(name).read_text()
         self.error = TemplateError
         world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
@@ -55,7 +55,7 @@ class Template:
         try:
             self.made = world.from_string(self.text)
         except TemplateError as error:
-            raise Refused(f"{key}={name} is no template: {error}") from error
+            raise Refused(f"{node}.template={name} is no template: {error}") from error
 
     def _raise(self, message: str) -> None:
         raise self.error(message)
@@ -168,7 +168,7 @@ def encode(folder: Path, name: str, path: str, first: int, stop: int, tokenizer:
             told["left out"] += 1
             continue
         asked = next((m["content"] for m in messages if m["role"] == "user"), line)
-        splits["held_out" if held_out_of(asked, held_out) else "train"].append((ids.astype(dtype), learned))
+        splits["held_out" if held(asked, held_out) else "train"].append((ids.astype(dtype), learned))
         told["conversations"] += 1
         told["tokens"] += len(ids)
         told["learned"] += int(learned.sum())
@@ -178,8 +178,8 @@ def encode(folder: Path, name: str, path: str, first: int, stop: int, tokenizer:
     return told
 
 
-def held_out_of(asked: str, share: float) -> bool:
-    """Whether what was asked is among this share of questions, which nothing is trained on."""
+def held(asked: str, share: float) -> bool:
+    """Whether a prompt is one of the share that is kept for evaluation; the same prompt always is, or never."""
     return int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=4).digest(), "big") < share * 2**32
 
 

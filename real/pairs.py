@@ -12,7 +12,7 @@ import numpy as np
 
 from conf.alignment import Align
 from conf.errors import Refused
-from real.chats import LINES, Coder, Messages, Piece, Template, held_out_of, lines
+from real.chats import LINES, Coder, Messages, Piece, Template, held, lines
 from real.shards import read_index, write_shard
 from real.stage import Manifest, Task, sha256
 
@@ -78,7 +78,7 @@ def _answer(found: Any, name: str) -> str:
 
 
 def config(align: Align) -> dict[str, Any]:
-    return {"version": VERSION, "template": Template(align.template, "align.template").text, "held_out": align.held_out,
+    return {"version": VERSION, "template": Template(align.template, "align").text, "held_out": align.held_out,
             "prompt_tokens": align.prompt_tokens, "new_tokens": align.new_tokens}  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def tasks(align: Align, tokenizer: Path) -> Iterator[Task]:
 def encode(folder: Path, name: str, path: str, first: int, stop: int, tokenizer: str, template: str, held_out: float, prompt_tokens: int,
            new_tokens: int) -> dict[str, Any]:  # fmt: skip
     """Write train-… and held_out-… shards of two documents a pair, chosen first, with .learned and .asked beside them."""
-    coder, shape = Coder(tokenizer), Template(template, "align.template")
+    coder, shape = Coder(tokenizer), Template(template, "align")
     dtype = np.uint16 if coder.vocab < 65500 else np.int32
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {split: [] for split in SPLITS}
     beside: dict[str, list[tuple[int, bool]]] = {split: [] for split in SPLITS}
@@ -123,7 +123,7 @@ def encode(folder: Path, name: str, path: str, first: int, stop: int, tokenizer:
             told["left out"] += 1
             continue
         question = json.dumps(one.asked)
-        split = "held_out" if held_out_of(question, held_out) else "train"
+        split = "held_out" if held(question, held_out) else "train"
         found[split] += cut
         beside[split].append((hash_of(question), len(one.chosen) > len(one.rejected)))
         told["pairs"] += 1

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from conf.alignment import Align
 from conf.errors import Refused
-from real.chats import Coder, Messages, Template, held_out_of, lines
+from real.chats import Messages, Template, Coder, lines, held
 
 ASKED, ANSWERED = ("question", "prompt"), ("answer", "completion")
 
@@ -44,7 +44,7 @@ def read(align: Align, tokenizer: Path) -> Splits:
     path = Path(align.data)
     if not path.is_file():
         raise Refused(f"align.data={align.data} is no file; name a JSON Lines file of questions and answers")
-    coder, shape = Coder(str(tokenizer)), Template(align.template, "align.template")
+    coder, shape = Coder(str(tokenizer)), Template(align.template, "align")
     train, held_out, left_out, seen = Prompts(), Prompts(), 0, 0
     for number, line in lines(str(path), 0, 2**63):
         seen = number
@@ -57,7 +57,7 @@ def read(align: Align, tokenizer: Path) -> Splits:
             left_out += 1
             continue
         asked = next((m["content"] for m in messages if m["role"] == "user"), line)
-        split = held_out if held_out_of(asked, align.held_out) else train
+        split = held_out if held(asked, align.held_out) else train
         split.ids.append(ids)
         split.texts.append(text)
         split.answers.append(answer)
