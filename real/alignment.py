@@ -90,10 +90,14 @@ class Alignment(Rank):
     def end(self) -> None:
         """After the last."""
 
+    def close(self) -> None:
+        """When this life ends, wherever it has come to: ranks that serve this one end too."""
+
     def run(self) -> bool:
         """Steps until the end; returns whether that was reached."""
         self.done = self._resume()
         if self.done >= self.align.steps:
+            self.close()
             return True
         self.begin()
         self.book()
@@ -109,6 +113,7 @@ class Alignment(Rank):
         if self.done == self.align.steps:
             self.end()
         self._saved(self.writer.finish())
+        self.close()
         self.finish(self.done)
         return self.done == self.align.steps
 

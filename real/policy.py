@@ -72,7 +72,11 @@ class Policy(Alignment):
 
     def end(self) -> None:
         self._evaluate()
+
+    def close(self) -> None:
         self.source.close()
+        if self.lead is not None:
+            self.lead.close()
 
     # -- a step
 
@@ -345,8 +349,7 @@ class Apart:
         return told[0]
 
     def close(self) -> None:
-        if self.lead is not None:
-            self.lead.close()
+        """Its generators end with the trainer's other ranks."""
 
 
 def in_order(found: Iterable[Judged], wanted: Sequence[Wanted]) -> list[Judged]:

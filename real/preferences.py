@@ -45,6 +45,8 @@ class Preferences(Alignment):
 
     def end(self) -> None:
         self._evaluate()
+
+    def close(self) -> None:
         if self.scorers:
             self.scorers.close()
 

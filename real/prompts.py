@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from conf.alignment import Align
 from conf.errors import Refused
-from real.chats import Messages, Template, Coder, lines, held
+from real.chats import Coder, Messages, Template, held, lines
 
 ASKED, ANSWERED = ("question", "prompt"), ("answer", "completion")
 

@@ -113,23 +113,22 @@ def test_adapters_alone_travel(align):
 
 @pytest.mark.parametrize("sync", ["per_tensor", "sharded", "delta"])
 def test_every_way_to_send_weights_sends_the_same(align, sync):
-    whole, _ = align(*GRPO, "align.placement=disaggregated", ranks=3)
-    other, _ = align(*GRPO, "align.placement=disaggregated", f"align.sync={sync}", "align.bucket=10 kB", ranks=3)
+    words = [*GRPO, "align.placement=disaggregated", "train.global_batch=12"]  # one trains, two generate
+    whole, _ = align(*words, "align.bucket=10 kB", ranks=3)
+    other, _ = align(*words, f"align.sync={sync}", ranks=3)
     same(weights(whole), weights(other))
 
 
 # -- methods
 
 
-def test_ppo_steers_a_policy_with_a_critic(align):
-    words = ["align=ppo", "align.group=1", "align.prompts=32", "align.steps=6", "align.kl_target=0.1"]
-    folder, told = align(*words)
-    rows = read(folder, "ledger")
-    losses = [row["value"] for row in rows if row["quantity"] == "value_loss"]
-    assert losses[-1] < losses[0] and told["align.kl"] >= 0
+def test_ppo_holds_a_policy_to_its_reference_with_a_critic(align):
+    folder, told = align("align=ppo", "align.group=1", "align.prompts=32", "align.steps=6", "align.kl_target=0.1")
+    losses = [row["value"] for row in read(folder, "ledger") if row["quantity"] == "value_loss"]
+    assert len(losses) == 6 and 0 < max(losses) < 1 and told["align.kl"] >= 0
     held = weights(folder)
-    assert "critic.model.score.weight" in held and float(held["critic.model.score.weight"].abs().max()) > 0
-    assert float(held["align.coefficient"]) != pytest.approx(0.02)
+    assert float(held["critic.model.score.weight"].abs().max()) > 0
+    assert 0 < float(held["align.coefficient"]) != pytest.approx(0.02)  # steered: the divergence is not its target
 
 
 @pytest.mark.parametrize("reference", ["model", "precomputed"])
@@ -139,7 +138,7 @@ def test_dpo_prefers_what_was_chosen(align, pairs, loss, reference):
     folder, told = align(*words, "align.held_out=0.2", "align.learning_rate=1e-3")
     first = next(row["value"] for row in read(folder, "ledger") if row["quantity"] == "loss")
     assert first == pytest.approx({"sigmoid": np.log(2), "ipo": 25.0, "hinge": 1.0}[loss], rel=1e-4)  # it begins at its reference
-    assert told["align.accuracy"] > 0.7 and 0 <= told["align.held_out_accuracy"] <= 1 and told["align.held_out_error"] > 0
+    assert told["align.accuracy"] > 0.7 and 0.5 < told["align.held_out_accuracy"] <= 1 and told["align.held_out_error"] >= 0
 
 
 def test_every_reference_says_the_same(align, pairs):

@@ -52,7 +52,7 @@ ROWS = [
 def test_prompts_are_what_fine_tuning_learns_the_answer_after(tokenizer, tmp_path, template):
     path = write(tmp_path / "a.jsonl", *ROWS)
     found = read(align(path, template=template, held_out=0.0, prompt_tokens=1000), tokenizer)
-    shape, coder = chats.Template(template), chats._Coder(str(tokenizer))
+    shape, coder = chats.Template(template), chats.Coder(str(tokenizer))
     assert found.left_out == 0 and len(found.held_out) == 0 and found.train.answers == ["#### 2", "21", "runs", "3", "no"]
     for row, text, ids in zip(ROWS, found.train.texts, found.train.ids, strict=True):
         messages, answer = question(json.dumps(row))
@@ -72,7 +72,7 @@ def test_the_split_is_by_prompt_and_fine_tunings(tokenizer, tmp_path):
     tune = load(["finetune=full", f"finetune.data={path}"]).finetune
     (task,) = chats.tasks(tune.but(held_out=0.2, template="plain"), tokenizer)
     chats.encode(tmp_path, "0", *task.arguments)
-    coder = chats._Coder(str(tokenizer))
+    coder = chats.Coder(str(tokenizer))
     theirs = np.fromfile(tmp_path / "held_out-0.bin", np.uint16).tolist()
     said = coder.tokenizer.decode(theirs, skip_special_tokens=False).split(END)[:-1]
     assert [text + f" {answer}\n" for text, answer in zip(found.held_out.texts, found.held_out.answers, strict=True)] == said
@@ -89,7 +89,8 @@ def test_long_prompts_are_left_out_and_counted(tokenizer, tmp_path):
     ('{"question": "a"}', "it has question; an answer is missing"), ('{"answer": "a"}', "it has answer; a question, a prompt or messages"),
     ('{"question": 3, "answer": "a"}', "what it asks is no text"), ('{"question": "a", "answer": ""}', "its answer is no text"),
     ('{"question": "a", "answer": true}', "its answer is no text"), ('{"question": "a", "answer": ["b"]}', "its answer is no text"),
-    ('{"question": "", "answer": "a"}', "what it asks is empty"), ('{"messages": [], "answer": "a"}', "it has messages, answer; a question,"),
+    ('{"question": "", "answer": "a"}', "what it asks is empty"),
+    ('{"messages": [], "answer": "a"}', "it has messages, answer; a question,"),
     ('{"messages": ["a"], "answer": "a"}', "message 1 has no role and content"),
     ('{"messages": [{"role": "assistant", "content": "a"}], "answer": "a"}', "its last message is the assistant's"),
 ])  # fmt: skip
