@@ -22,7 +22,9 @@ class Align(Node):
     )
     loss: str = say("the method's variant: sigmoid, ipo or hinge of dpo; grpo, dapo or dr_grpo of grpo",
                     must=tuple(name for names in LOSSES.values() for name in names))  # fmt: skip
-    data: Optional[str] = say("JSON Lines file: prompt, chosen and rejected for reward and dpo; question and answer for ppo and grpo")
+    data: Optional[str] = say(
+        "JSON Lines file: prompt, chosen and rejected for reward and dpo; question and answer for ppo and grpo; digits = our own task"
+    )
     template: str = say("how messages become text: plain, chatml, llama3, bare, or a file of a Jinja chat template")
     held_out: float = say("share of prompts kept for evaluation", must=SHARE)
     steps: int = say("optimizer steps of preferences; of rollouts the batches of prompts, each trained on `updates` times", must=POSITIVE)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
-from real import adapters, checkpoint, finetune, huggingface, pairs, prompts, stage
+from real import adapters, checkpoint, digits, finetune, huggingface, pairs, prompts, stage
 from real.engine import engine
 from real.roles import enter
 from real.scoring import judge_of
@@ -99,12 +99,12 @@ def _tokens(life: Life, tokenizer: Path) -> None:
     """Shards of pairs, or the prompts."""
     began, plan, folder = life.record.now(), life.plan, life.folder / "tokens"
     if plan.align.rollouts:
-        found = prompts.read(plan.align, tokenizer)
+        found = prompts.read(digits.align_of(plan, folder), tokenizer)
         left = f", {found.left_out:,} left out as longer than align.prompt_tokens={plan.align.prompt_tokens}" if found.left_out else ""
         life.say(f"align: {len(found.train):,} prompts to train on, {len(found.held_out):,} held out{left}")
         write(folder / "tokenizer.json", tokenizer.read_bytes())
     else:
-        work, shown = list(pairs.tasks(plan.align, tokenizer)), life.progress("align, tokens")
+        work, shown = list(pairs.tasks(digits.align_of(plan, folder), tokenizer)), life.progress("align, tokens")
         with engine(plan) as pool:
             c = stage.run(folder, work, pairs.config(plan.align), pool, {}, shown).counters
         cut = "".join(f", {c[name]:,.0f} {name}" for name in ("cut", "left out") if c[name])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from conf.errors import Refused
 from conf.files import write
 from conf.plan import Plan
-from real import adapters, chats, checkpoint, huggingface, packing, stage
+from real import adapters, chats, checkpoint, digits, huggingface, packing, stage
 from real.engine import engine
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def tokenizer_of(base: Path) -> Path:
 def _tokens(life: Life, tokenizer: Path) -> None:
     """Shards of conversations and the sequences that they are packed into."""
     began, plan, folder = life.record.now(), life.plan, life.folder / "tokens"
-    work, shown = list(chats.tasks(plan.finetune, tokenizer)), life.progress("finetune, tokens")
+    work, shown = list(chats.tasks(digits.tune_of(plan, folder), tokenizer)), life.progress("finetune, tokens")
     with engine(plan) as pool:
         done = stage.run(folder, work, chats.config(plan.finetune), pool, {}, shown)
         packs = packing.tasks(done, ("train", "held_out"), plan.train.seq_len)

@@ -8,7 +8,7 @@ import torch
 
 from conf.errors import Refused
 from conf.plan import Plan
-from real import adapters, prompts
+from real import adapters, digits, prompts
 from real.alignment import Rank
 from real.chats import Coder
 from real.cluster import device
@@ -50,7 +50,7 @@ class Maker:
         self.coder = Coder(str(tokenizer))
         if self.coder.vocab > me.plan.model.vocab:
             raise Refused(f"{tokenizer} has {self.coder.vocab} tokens, model.vocab={me.plan.model.vocab}; use the model's own")
-        self.prompts = prompts.read(align, tokenizer)
+        self.prompts = prompts.read(digits.align_of(me.plan, start.folder / "tokens"), tokenizer)
         self.order = Order(len(self.prompts.train), me.plan.seed)
         self.model = model_of(me.plan, start.base)
         end = self.coder.end

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conf.errors import Refused
 from conf.plan import Plan
-from real import objectives, prompts
+from real import digits, objectives, prompts
 from real.alignment import STAGE, Alignment, Told
 from real.cluster import rank
 from real.generator import Maker, Wanted, dtype_of
@@ -256,7 +256,8 @@ class Apart:
         self.pool = Pool(align.prompts, align.group, align.lag, align.steps, align.stale == "discard" and align.placement == "async")
         self.journal = Journal(trainer.start.folder / "samples.jsonl") if self.lead else None
         self.asked = dict[Wanted, Judged]()  # what was made for an evaluation
-        self.held_out = len(prompts.read(align, trainer.start.folder / "tokens" / "tokenizer.json").held_out)
+        folder = trainer.start.folder / "tokens"
+        self.held_out = len(prompts.read(digits.align_of(plan, folder), folder / "tokenizer.json").held_out)
         self.recalled = False
 
     def take(self, step: int) -> list[Judged]:
