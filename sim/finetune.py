@@ -5,11 +5,12 @@ is short beside pre-training, and failures in it are left out.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from conf.arithmetic import FP32, adapted, adapter_parameters, flops_per_token, parameters, tuned_flops_per_token
 from conf.corpus import LINES
 from conf.plan import Plan
-from sim.checkpoint import tiers
+from sim.checkpoint import load, tiers
 from sim.cluster import crew
 from sim.kernels import rates
 from sim.pace import Pace, pace
@@ -45,32 +46,53 @@ def finetune(plan: Plan, start: str = "") -> dict[str, float]:
 
 
 def lived(twin: Plan, step: Pace) -> Timeline:
-    """The stage's own tape: tokens, start, steps, evaluations and checkpoints, each bundled."""
-    steps, every = twin.train.steps or 0, twin.train.evaluate_every
+    """The stage's own tape: tokens, start, the base, steps, evaluations and checkpoints, each bundled."""
+    found, steps, every = conversations(twin), twin.train.steps or 0, twin.train.evaluate_every
     evaluations = -(-steps // every) if every and twin.train.evaluate_sequences else 1 * bool(twin.train.evaluate_sequences)
     saves = -(-steps // twin.checkpoint.every) if twin.checkpoint.every else 1
     tape = Timeline(twin.ranks)
     for mix, seconds in (
-        (WHOLLY["data"], _tokens(twin)),
+        (WHOLLY["data"], _tokens(twin, found)),
         (WHOLLY["init"], rates(twin).init),
+        (WHOLLY["load"], load(twin, rates(twin)) / 3),  # weights without their moments
         (step.mix, steps * step.step_time),
-        (WHOLLY["evaluate"], evaluations * step.evaluate),
+        (WHOLLY["evaluate"], evaluations * step.evaluate * _held_out(twin, found)),
         (WHOLLY["checkpoint"], saves * _save(twin, step)),
     ):
         tape.spend("finetune", mix, tape.until, tape.until + seconds)
     return tape
 
 
-def _tokens(plan: Plan) -> float:
-    """Seconds until workers have started and made conversations into tokens: rounds of tasks of LINES lines each; nothing for a file that
-    is not here."""
+class Conversations(NamedTuple):
+    lines: int
+    bytes: int
+
+
+def conversations(plan: Plan) -> Conversations:
+    """What the plan's file of them holds; nothing where it is not here."""
     path = Path(plan.finetune.data or "")
     if not path.is_file():
-        return 0.0
+        return Conversations(0, 0)
     with path.open("rb") as file:
-        tasks = -(-sum(1 for _ in file) // LINES)
-    speed, rounds = rates(plan), -(-tasks // crew(plan))
-    return speed.workers + speed.encode_start + rounds * path.stat().st_size / max(1, tasks) / speed.encode_rate
+        return Conversations(sum(1 for _ in file), path.stat().st_size)
+
+
+def _tokens(plan: Plan, found: Conversations) -> float:
+    """Seconds until workers have started and made conversations into tokens: rounds of tasks of LINES lines each.
+
+    A conversation goes through the tokenizers library piece by piece, whose rate the tokenizer's group has; a profile's is that of
+    documents in the quickest library.
+    """
+    tasks = -(-found.lines // LINES)
+    rounds = -(-tasks // crew(plan))
+    return rates(plan).workers + rounds * found.bytes / tasks / plan.tokenizer.encode_rate if tasks else 0.0
+
+
+def _held_out(plan: Plan, found: Conversations) -> float:
+    """Share of an evaluation's sequences that a small file has: each holds a conversation or more."""
+    tune = plan.finetune
+    most = tune.held_out * min(found.lines, found.bytes / plan.tokenizer.bytes_per_token / tune.seq_len)
+    return min(1.0, most / max(1, plan.train.evaluate_sequences)) if found.lines else 1.0
 
 
 def _save(twin: Plan, step: Pace) -> float:
