@@ -10,7 +10,9 @@ import numpy as np
 
 SAMPLES = ((8, 3072), (64, 7500), (128, 11000))  # that the target takes at a batch: its result logs, rounds 4.0 and 4.1
 EVERY, HELD_OUT = 384, 173  # sequences between evaluations, and in one
-PAUSE = 2.0  # s that an evaluation takes beside its passes: 512 H100 of rounds 4.0 and 4.1, time to train less samples / (samples/s)
+# Seconds that an evaluation takes beside its passes: time to train less samples / (samples/s), the median of five runs on 512 devices or
+# more of rounds 4.0 and 4.1, those with power logs left out.
+PAUSE = 2.5
 
 
 def samples(batch: int) -> float:
@@ -21,7 +23,7 @@ def samples(batch: int) -> float:
 
 def evaluations(batch: int) -> float:
     """
-    >>> evaluations(8), round(evaluations(64), 1)
+    >>> round(evaluations(8), 1), round(evaluations(64), 1)
     (5.0, 9.5)
     """
     return samples(batch) / EVERY - (batch // 8 + 2)
