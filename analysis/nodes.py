@@ -1,8 +1,8 @@
 """Measured power of servers predicted: the benchmark that a row names becomes a plan, whose phases the meter turns into watts.
 
 A benchmark's rules say more than a row does: MLPerf's fine-tuning trains adapters of Llama 2 70B on packed sequences of 8,192
-tokens, in batches of 8 or of as many as a server each has, and evaluates 173 sequences after every 384; its pre-training is GPT-3 on
-2,048 tokens. What a row does not say of the mesh follows from memory: frozen weights take half of it at most.
+tokens, in batches of 8 or of as many as a server each has (see mlperf.py); its pre-training is GPT-3 on 2,048 tokens. What a row does
+not say of the mesh follows from memory: frozen weights take half of it at most.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis import mlperf
 from analysis.replay import arrays
 from analysis.rows import Replayed, Unplayable, each, part_of, tabled
 from conf.arithmetic import parameters
@@ -30,8 +31,6 @@ POWER = {"h100_sxm": ("hgx", "hgx_liquid"), "h200_sxm": ("hgx", "hgx_liquid"), "
          "b200": ("dgx_b200", "b200_liquid"), "b300": ("dgx_b200", "b200_liquid"), "gb200": ("gb200", "gb200"), "gb300": ("gb200", "gb200"),
          "v100_sxm": ("dgx_v100", "dgx_v100"), "a100_40": ("dgx_a100", "dgx_a100"), "a100_80": ("dgx_a100", "dgx_a100")}  # fmt: skip
 RECTIFIER = 0.975  # of an open rack's power shelf (ORv3); a meter behind it, on the DC side, does not see its loss
-EVERY, HELD_OUT = 384, 173  # sequences of MLPerf's fine-tuning between evaluations, and in one
-PAUSE = 2.0  # s that an evaluation takes beside its passes: 512 H100 of MLPerf 4.0 and 4.1, time to train less samples / (samples/s)
 SPREAD = 0.06  # standard deviation of log(predicted / measured) on MLPerf's eight
 
 
@@ -53,12 +52,28 @@ def node(row: Mapping[str, Any]) -> tuple[float, Plan]:
     seconds = {name: float(getattr(told, name)[0]) for name in ("compute", "communication", "bubble", "optimizer")}
     meter = Meter(plan, {}, *(float(part[0] / told.compute[0]) for part in (told.arithmetic, told.stalled)))
     if adapters:
-        steps = EVERY / plan.train.global_batch
-        seconds = {name: steps * spent for name, spent in seconds.items()}
-        seconds |= {"evaluate": float(told.evaluate[0]), "data": PAUSE}
-    watts = sum(meter.table[state] * spent for state, spent in seconds.items()) / sum(seconds.values()) / plan.cluster.nodes
-    direct = re.search(r"\bDC\b", f"{row['system']} {row.get('submitter', '')}", re.IGNORECASE) is not None
-    return watts * (RECTIFIER if direct else 1.0), plan
+        seconds = mlperf.spent(plan.train.global_batch, seconds, float(told.evaluate[0]))
+    return server(meter, seconds) * seen(f"{row['system']} {row.get('submitter', '')}"), plan
+
+
+def server(meter: Meter, seconds: Mapping[str, float]) -> float:
+    """Mean watts of a server over so many seconds in each state."""
+    return sum(meter.table[state] * spent for state, spent in seconds.items()) / sum(seconds.values()) / meter.plan.cluster.nodes
+
+
+def seen(said: str) -> float:
+    """Share of a server's power that its meter sees."""
+    return RECTIFIER if re.search(r"\bDC\b", said, re.IGNORECASE) else 1.0
+
+
+def servers(gpu: str, said: str) -> list[str]:
+    """Words for the servers that hold this gpu, metered one by one.
+
+    Raises Unplayable where none are known.
+    """
+    if gpu not in POWER:
+        raise Unplayable(f"conf/power has no servers of {gpu}")
+    return [f"power={POWER[gpu][WET.search(said) is not None]}", "power.pue=1", "power.network=0 W"]
 
 
 def plan_of(row: Mapping[str, Any]) -> tuple[Plan, bool]:
@@ -68,17 +83,14 @@ def plan_of(row: Mapping[str, Any]) -> tuple[Plan, bool]:
     """
     said, system = str(row["workload"]), str(row["system"])
     gpu, cluster = part_of({"gpu": system})
-    wet = WET.search(f"{system} {row.get('submitter', '')}") is not None
-    if gpu not in POWER:
-        raise Unplayable(f"system={system}: conf/power has no servers of {gpu}")
-    power = POWER[gpu][wet]
+    held = servers(gpu, f"{system} {row.get('submitter', '')}")
     model, adapters = _model(said), "lora" in said.lower()
     size = re.search(r"(\d+) ?x ?(\d+)", system)
     if size is None:
         raise Unplayable(f"system={system} does not say how many devices a server has; write for example 8x8 H100")
     nodes, per_node = int(float(row["nodes"])), int(size[2])
     ranks = nodes * per_node
-    words = [f"gpu={gpu}", f"cluster={cluster}", f"model={model}", f"power={power}", "train=large", "power.pue=1", "power.network=0 W"]
+    words = [f"gpu={gpu}", f"cluster={cluster}", f"model={model}", *held, "train=large"]
     plan = load([*words, "data.path=null", "data.tokens=1", "tokenizer.vocab=1", "train.compile=true"])
     given = {axis: int(found[1]) for axis in ("tp", "pp", "cp") if (found := re.search(rf"\b{axis}(\d+)", said, re.IGNORECASE))}
     batch, length = (max(8, ranks // 8), 8192) if adapters else (1536, 2048)
@@ -93,7 +105,7 @@ def plan_of(row: Mapping[str, Any]) -> tuple[Plan, bool]:
         model=plan.model.but(context=max(plan.model.context or 0, length) if plan.model.context else None),
         mesh=plan.mesh.but(dp_replicate=1, dp_shard=dp, tp=tp, pp=pp, cp=cp, zero=1, vpp=stages // 2 if pp > 1 and stages % 2 == 0 else 1),
         train=plan.train.but(precision=precision, seq_len=length, global_batch=-(-batch // dp) * dp, micro_batch=1,
-                             fused_gradients=True, evaluate_sequences=HELD_OUT if adapters else 0),
+                             fused_gradients=True, evaluate_sequences=mlperf.HELD_OUT if adapters else 0),
     ), adapters  # fmt: skip
 
 

@@ -19,6 +19,7 @@ PARTS = (
     ("H800", "h800", "deepseek_h800"), ("H100.*PCI", "h100_pcie", "dgx_h100"), ("H100.*96 ?GB", "h100_96", "dgx_h100"),
     ("H100", "h100_sxm", "dgx_h100"), ("A100.*40", "a100_40", "dgx_a100"), ("A100", "a100_80", "dgx_a100"),
     ("V100.*DGX-2", "v100_sxm", "dgx2_v100"), ("V100", "v100_sxm", "dgx_v100"), ("L40S", "l40s", "l40s_node"),
+    ("A6000", "a6000", "one_gpu"), ("4090", "rtx4090", "one_gpu"),
     ("MI250", "mi250x", "mi250x_node"), ("MI325", "mi325x", "mi300x_node"), ("MI355", "mi355x", "mi300x_node"),
     ("MI300", "mi300x", "mi300x_node"), ("v5e", "tpu_v5e", "tpu_v5e_pod"), ("v5p", "tpu_v5p", "tpu_v5p_pod"),
     ("v6e|Trillium", "tpu_v6e", "tpu_v6e_pod"), ("TPU.*v4", "tpu_v4", "tpu_v4_pod"), ("TPU.*v3", "tpu_v3", "tpu_v3_pod"),

@@ -2,6 +2,7 @@
 
 What a row does not say follows from whose it is: MLPerf's submitters choose the quickest mesh that fits, on Megatron's kernels in fp8 where
 the device has it; Qwen's scripts (transformers, DeepSpeed) and prime-rl (FSDP2) recompute everything; torchtune recomputes and compiles.
+Power is that of the meter that tells pre-training's, over the run's steps and evaluations; energy is this power for the predicted time.
 Reinforcement learning is not predicted yet, nor is training in bf16 throughout, which no plan says.
 """
 
@@ -9,17 +10,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from itertools import product
+from math import hypot
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from analysis import mlperf, nodes
 from analysis.rows import Replayed, Unplayable, each, part_of, tabled, word
 from conf.arithmetic import flops_per_token, parameters
 from conf.plan import Plan
 from conf.program import load
 from sim.memory import USABLE
 from sim.pace import Pace, pace
+from sim.power import Meter
 
 TUNINGS = ("model sizes", "gpus", "placement", "algo", "seq lens", "batch", "metric", "value")
 MODELS = (
@@ -31,8 +35,7 @@ MODELS = (
     (r"qwen-72b", ["llama2_70b", "model.kv_heads=64", "model.ffn=24576", "model.vocab=152064"]),
 )  # fmt: skip
 ATTENTION, GATES = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj")
-SAMPLES = ((8, 3072), (64, 7500), (128, 11000))  # that MLPerf's target takes at a batch: its result logs, rounds 4.0 and 4.1
-GIB, GB = 2**30, 1e9
+GIB, GB, KWH = 2**30, 1e9, 3.6e6
 
 
 class Maker(NamedTuple):
@@ -42,14 +45,15 @@ class Maker(NamedTuple):
     targets: tuple[str, ...]
     rank: int
     meshes: bool = False  # whether its users choose the mesh
+    whole: bool = False  # whether the base of adapters is whole on every device where it fits, as with ZeRO-2
     pure: bool = False  # whether full training keeps everything in bf16
 
 
 MAKERS = (
     ("mlcommons", Maker(("mesh.zero=1", "train.compile=true", "train.recompute=none"), ATTENTION, 16, meshes=True)),
-    ("QwenLM", Maker(("train.recompute=full", "mesh.zero=3"), (*ATTENTION, *GATES), 64)),
-    ("torchtune", Maker(("train.recompute=full", "train.compile=true", "mesh.zero=3"), (*ATTENTION, *GATES, "down_proj"), 8, pure=True)),
-    ("prime-rl", Maker(("train.recompute=full", "mesh.zero=3"), (*ATTENTION, *GATES, "down_proj"), 16)),
+    ("QwenLM", Maker(("mesh.zero=3", "train.recompute=full"), (*ATTENTION, *GATES), 64, whole=True)),  # README, "Multi-node Fine-tuning"
+    ("torchtune", Maker(("mesh.zero=3", "train.recompute=full", "train.compile=true"), (*ATTENTION, *GATES, "down_proj"), 8, pure=True)),
+    ("prime-rl", Maker(("mesh.zero=3", "train.recompute=full"), (*ATTENTION, *GATES, "down_proj"), 16)),
 )  # fmt: skip
 
 
@@ -58,6 +62,7 @@ class Tuned(NamedTuple):
 
     plan: Plan
     step: Pace
+    seen: float = 1.0  # share of a server's power that the row's meter sees
 
     @property
     def samples_per_s(self) -> float:
@@ -70,6 +75,37 @@ class Tuned(NamedTuple):
         flops = plan.tokens_per_step * float(flops_per_token(plan.model, plan.train.seq_len))
         return flops / (plan.ranks * (plan.gpu.peak("bf16") or np.nan))
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds in each state until MLPerf's target."""
+        mix, long = self.step.mix, self.step.step_time
+        return mlperf.spent(self.plan.train.global_batch, {state: share * long for state, share in mix.items()}, self.step.evaluate)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.spent.values())
+
+    @property
+    def ideal_seconds(self) -> float:
+        """Until the same at the device's peak, without evaluations."""
+        batch = self.plan.train.global_batch
+        return mlperf.samples(batch) / batch * self.ideal
+
+    @property
+    def watts(self) -> float:
+        """Mean of a server meanwhile."""
+        meter = Meter(self.plan, self.step.mix, self.step.arithmetic, self.step.stalled)
+        return self.seen * nodes.server(meter, self.spent)
+
+    @property
+    def servers(self) -> int:
+        return self.plan.cluster.nodes
+
+    @property
+    def limit(self) -> float:
+        """Watts of a server's devices at their limit."""
+        return self.plan.cluster.gpus_per_node * self.plan.gpu.max_power
+
 
 METRICS: dict[str, Callable[[Tuned], tuple[float, float]]] = {  # predicted, and what the device's peak or the weights alone would say
     "samples/s": lambda t: (t.samples_per_s, t.plan.train.global_batch / t.ideal),
@@ -77,12 +113,15 @@ METRICS: dict[str, Callable[[Tuned], tuple[float, float]]] = {  # predicted, and
     "step_s": lambda t: (t.step.step_time, t.ideal),
     "tokens/s": lambda t: (t.step.tokens_per_s, t.plan.tokens_per_step / t.ideal),
     "trainer_tokens/s": lambda t: (t.step.tokens_per_s, t.plan.tokens_per_step / t.ideal),
-    "time_to_train_min": lambda t: (_samples(t.plan) / t.samples_per_s / 60, _samples(t.plan) * t.ideal / t.plan.train.global_batch / 60),
+    "time_to_train_min": lambda t: (t.seconds / 60, t.ideal_seconds / 60),
+    "mean_node_W": lambda t: (t.watts, t.limit),
+    "energy_kWh_per_run": lambda t: (t.servers * t.watts * t.seconds / KWH, t.servers * t.limit * t.ideal_seconds / KWH),
     "memory_GB": lambda t: (t.step.memory * t.plan.ranks / GB, 2 * parameters(t.plan.model) / GB),
     "peak_GiB": lambda t: (t.step.memory / GIB, 2 * parameters(t.plan.model) / GIB),
     "peak_GiB_per_GPU": lambda t: (t.step.memory / GIB, 2 * parameters(t.plan.model) / t.plan.ranks / GIB),
 }  # fmt: skip
-SCORED = {*METRICS, "step_time_s", "gen_s", "tokens/s/GPU", "mean_node_W", "energy_kWh_per_run"}
+METERED = ("mean_node_W", "energy_kWh_per_run")
+SCORED = {*METRICS, "step_time_s", "gen_s", "tokens/s/GPU"}
 
 
 def scored(frame: pd.DataFrame) -> pd.DataFrame:
@@ -98,7 +137,7 @@ def tunings_of(frame: pd.DataFrame) -> Replayed:
     def of(row: Mapping[str, Any]) -> tuple[Tuned, float, float]:
         method, maker = _method(row), _maker(row)
         said = tuple(word(row, name) for name in ("model sizes", "gpus", "seq lens", "batch"))
-        key = (maker, method, _rank(row, maker), said)
+        key = (maker, method, _rank(row, maker), said, _servers(row), nodes.seen(word(row, "source")))
         metric = METRICS.get(word(row, "metric"))
         if "rl" in word(row, "algo") and row["metric"] != "step_s":
             raise Unplayable("what a reinforcement learning's trainer does beside its step is not predicted yet")
@@ -113,15 +152,15 @@ def tunings_of(frame: pd.DataFrame) -> Replayed:
     found, failed = each(frame, of)
     rows = list(found.values())
     classes = [f"{frame['metric'][index]} {tuned.plan.finetune.method}" for index, (tuned, _, _) in found.items()]
-    kinds = ["memory" if "GB" in frame["metric"][index] or "GiB" in frame["metric"][index] else "time" for index in found]
-    spread = [tuned.step.error for tuned, _, _ in rows]
+    kinds = [_kind(frame["metric"][index]) for index in found]
+    spread = [{"power": nodes.SPREAD, "energy": hypot(nodes.SPREAD, row[0].step.error)}.get(kind, row[0].step.error)
+              for row, kind in zip(rows, kinds, strict=True)]  # fmt: skip
     return Replayed(tabled(list(found), [row[1] for row in rows], spread, [row[2] for row in rows], classes, kinds), failed)
 
 
-def _samples(plan: Plan) -> float:
-    """Samples until MLPerf's target at this batch, between those that are known along a power law."""
-    sizes, counts = np.log(np.array(SAMPLES)).T
-    return float(np.exp(np.interp(np.log(plan.train.global_batch), sizes, counts)))
+def _kind(metric: str) -> str:
+    """What a metric measures."""
+    return {"mean_node_W": "power", "energy_kWh_per_run": "energy"}.get(metric, "memory" if re.search("GB|GiB", metric) else "time")
 
 
 def _method(row: Mapping[str, Any]) -> str:
@@ -149,29 +188,38 @@ def _maker(row: Mapping[str, Any]) -> Maker:
 def _tuned(row: Mapping[str, Any], maker: Maker, method: str) -> Tuned:
     if maker.pure and method == "full":
         raise Unplayable("weights and moments in bf16 throughout: no plan says that")
-    count, gpu, cluster = _machine(row)
+    count, server, gpu, cluster = _machine(row)
     model = next((words for pattern, words in MODELS if re.search(pattern, word(row, "model sizes"), re.IGNORECASE)), None)
     if model is None:
         raise Unplayable(f"model={row['model sizes']} is not in conf/model")
     length = re.search(r"\d+", word(row, "seq lens"))
     if length is None:
         raise Unplayable("its length is not said")
-    server = min(8, count)
     words = [f"model={model[0]}", *model[1:], f"gpu={gpu}", f"cluster={cluster}", f"cluster.nodes={-(-count // server)}",
              f"cluster.gpus_per_node={server}", "cluster.spares=0", "data=prepared", "tokenizer=llama3", "train=large", *maker.words,
-             f"train.seq_len={length[0]}", f"finetune={method}", f"finetune.rank={_rank(row, maker)}",
-             f"finetune.targets=[{','.join(maker.targets)}]"]  # fmt: skip
-    found = [Tuned(plan, pace(plan, method != "full")) for plan in _meshes(words, count, _batch(row, count), maker)]
+             f"train.seq_len={length[0]}", f"train.evaluate_sequences={mlperf.HELD_OUT}", f"finetune={method}",
+             f"finetune.rank={_rank(row, maker)}", f"finetune.targets=[{','.join(maker.targets)}]", *_servers(row)]  # fmt: skip
+    plans = _meshes(words, count, _batch(row, count, maker), maker)
+    found = [Tuned(plan, pace(plan, method != "full"), nodes.seen(word(row, "source"))) for plan in plans]
     fits = [one for one in found if one.step.memory <= USABLE * one.plan.gpu.memory] or found
     return min(fits, key=lambda one: one.step.step_time)
 
 
-def _machine(row: Mapping[str, Any]) -> tuple[int, str, str]:
+def _machine(row: Mapping[str, Any]) -> tuple[int, int, str, str]:
+    """Devices, those of a server, and their options of gpu and cluster."""
     said = word(row, "gpus")
+    if logged := re.match(r"(\d+) nodes? x ?(\d+)$", said):  # a log of servers, whose folder names the devices
+        return int(logged[1]) * int(logged[2]), int(logged[2]), *part_of({"gpu": word(row, "source")})
     count = re.match(r"\s*(\d+)\s*x?\s*\S", said)
     if count is None or "node" in said.split("(")[0]:
         raise Unplayable(f"gpus={said or 'blank'} names no device")
-    return int(count[1]), *part_of({"gpu": said[count.end(1) :]})
+    ranks, servers = int(count[1]), re.search(r"\((\d+) nodes?\)", said)
+    return ranks, -(-ranks // int(servers[1])) if servers else min(8, ranks), *part_of({"gpu": said[count.end(1) :]})
+
+
+def _servers(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Words for the servers whose power a row is of."""
+    return (*nodes.servers(_machine(row)[2], word(row, "source")),) if row["metric"] in METERED else ()
 
 
 def _rank(row: Mapping[str, Any], maker: Maker) -> int:
@@ -179,9 +227,11 @@ def _rank(row: Mapping[str, Any], maker: Maker) -> int:
     return int(said[1]) if said else maker.rank
 
 
-def _batch(row: Mapping[str, Any], count: int) -> tuple[int, int]:
+def _batch(row: Mapping[str, Any], count: int, maker: Maker) -> tuple[int, int]:
     """Sequences of a step, and of a micro-batch."""
     said = word(row, "batch")
+    if not said and row["metric"] in METERED and maker.meshes:
+        return max(8, count // 8), 1  # as MLPerf's submitters take
     accumulated = re.search(r"bs (\d+)(?: x grad-accum (\d+))?", said)
     if accumulated:
         micro = int(accumulated[1])
@@ -198,11 +248,13 @@ def _meshes(words: list[str], count: int, batch: tuple[int, int], maker: Maker) 
     sizes, micro = batch
     base = _base(tuple(words))
     precision = "fp8" if maker.meshes and base.gpu.peak("fp8") else "bf16"
+    whole = maker.whole and base.finetune.adapters
     for tp, cp in product((1, 2, 4, 8), (1, 2, 4, 8)) if maker.meshes else ((1, 1),):
         dp = count // (tp * cp)
         if dp and count % (tp * cp) == 0 and sizes % (dp * micro) == 0:
             train = base.train.but(precision=precision, global_batch=sizes, micro_batch=micro)
-            yield base.but(mesh=base.mesh.but(tp=tp, cp=cp, dp_shard=dp), train=train)
+            for copies in {1, dp} if whole else {1}:
+                yield base.but(mesh=base.mesh.but(tp=tp, cp=cp, dp_replicate=copies, dp_shard=dp // copies), train=train)
 
 
 @cache

@@ -16,6 +16,7 @@ ARCHIVES = (".warc", ".warc.gz", ".warc.lz4", ".warc.zst", ".wet", ".wet.gz", ".
 KINDS = (".txt", ".md", ".py", ".rst", ".htm", ".html", ".xhtml", ".jsonl", ".jsonl.gz", ".parquet", *ARCHIVES)
 MANY = (".jsonl", ".jsonl.gz", ".parquet", *ARCHIVES)  # files that hold many documents
 SHARD = 4_000_000  # bytes of input that one task of a data stage reads
+LINES = 20_000  # conversations that one task of a fine-tuning reads
 
 
 class File(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from conf.corpus import LINES
 from conf.errors import Refused
 from conf.plan import Finetune
 from real.bpe import END
@@ -19,7 +20,6 @@ from real.shards import write_shard
 from real.stage import Task, sha256
 
 VERSION = 1
-LINES = 20_000  # conversations of a task
 ENDS = (END, "<|end_of_text|>", "<|eot_id|>", "</s>")  # tokens that end a text, by the tokenizers that have them
 TEMPLATES = {
     "plain": "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}"

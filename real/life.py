@@ -287,7 +287,8 @@ def _tuned(folder: Path, plan: Plan) -> dict[str, float | Value]:
     if plan.finetune.adapters and "pretrain.mfu" in found:
         ways = flops_per_token(plan.model, plan.finetune.seq_len), found["pretrain.parameters"].value
         told["finetune.mfu"] = found["pretrain.mfu"].value * tuned_flops_per_token(plan.model, plan.finetune.seq_len, ways[1]) / ways[0]
-    return told | {"finetune.seconds": found["run.wall_clock"], "finetune.cost": found["run.cost"]}
+    metered = {"finetune.energy": found["run.energy"]} if "run.energy" in found else {}
+    return told | metered | {"finetune.seconds": found["run.wall_clock"], "finetune.cost": found["run.cost"]}
 
 
 def measured(name: str, manifest: Manifest) -> dict[str, float]:

@@ -56,7 +56,7 @@ OPTIONS = {
 SHOWN = {
     "a step": ("pretrain.step_time", "pretrain.tokens_per_s", "pretrain.mfu", "pretrain.peak_memory"),
     "fine-tuning": ("finetune.step_time", "finetune.tokens_per_s", "finetune.mfu", "finetune.peak_memory", "finetune.parameters",
-                    "finetune.seconds", "finetune.cost"),
+                    "finetune.seconds", "finetune.cost", "finetune.energy", "finetune.carbon_location"),
     "the run": (
         "run.wall_clock",
         "run.tokens",

@@ -4,8 +4,10 @@ import gc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property, partial
 
+from conf.hourly import hour_of
 from conf.plan import Plan
 from sim.clocks import Feed
 from sim.cluster import Course, World
@@ -45,6 +47,11 @@ class History:
         return sum(
             count for name, count in self.falls.items() if name in self.plan.failures.causes and self.plan.failures.causes[name].planned
         )
+
+    @property
+    def end(self) -> str:
+        """The date and hour at which it ends."""
+        return (hour_of(self.feed.start(self.plan)) + timedelta(seconds=self.timeline.until)).isoformat()
 
     @cached_property
     def footprint(self) -> Footprint:

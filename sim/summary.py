@@ -22,7 +22,7 @@ def summary(history: History) -> dict[str, Value]:
     stages = data(history)
     told = {f"{stage}.{name}": Value(value) for stage, values in stages.items() for name, value in values.items()}
     told |= {f"pretrain.{name}": Value(value) for name, value in pretraining(history).items()}
-    told |= {f"finetune.{name}": Value(value) for name, value in finetune(history.plan).items()}
+    told |= {f"finetune.{name}": Value(value) for name, value in finetune(history.plan, history.end).items()}
     told |= {f"run.{name}": Value(value) for name, value in run(history).items()}
     bill = history.footprint.bill
     told["run.cost"] = Value(*bill.total)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from conf.arithmetic import adapter_parameters, flops_per_token, tuned_flops_per_token
+from conf.corpus import LINES
 from conf.errors import Refused
 from conf.program import load
 from conf.record import read
@@ -250,6 +251,55 @@ def test_what_adapters_take_is_their_own(tmp_path, tiny):
     assert times[0] < times[1] < times[2] and sizes[0] < sizes[1] < sizes[2] < pace(full.tuned).memory
     assert times[0] < pace(full.tuned).step_time
     assert frozen.id == load(["experiment=llama3_8b"]).id and "finetune.step_time" not in finetune(frozen)
+
+
+LARGE = ("experiment=llama3_8b", "finetune=lora", "finetune.global_batch=4096", "finetune.seq_len=4096")
+
+
+def stage(*words):
+    return finetune(load([*LARGE, *words]))
+
+
+def test_energy_is_power_over_the_stage():
+    """By the meter of pre-training: twice the steps, so much more of both; owned devices are paid by wear and electricity."""
+    one, two, three = (stage(f"finetune.steps={steps}", "train.evaluate_every=0", "checkpoint.every=0") for steps in (200, 400, 600))
+    assert all(told["energy"] == pytest.approx(told["mean_power"] * told["seconds"]) for told in (one, two))
+    assert three["energy"] - two["energy"] == pytest.approx(two["energy"] - one["energy"], rel=1e-9)
+    plan = load(LARGE)
+    watts = (two["energy"] - one["energy"]) / (two["seconds"] - one["seconds"]) / plan.power.pue / plan.ranks
+    assert plan.gpu.idle_power < watts < plan.gpu.max_power + (plan.power.host + plan.power.network) / plan.cluster.gpus_per_node
+    rented, owned = stage(), stage("price.owned=true")
+    price, hours = plan.price, rented["seconds"] / 3600 * (plan.ranks + plan.cluster.spares * plan.cluster.gpus_per_node)
+    assert rented["cost"] == pytest.approx(price.gpu_hours[plan.gpu.name].mid * hours)
+    worn = price.capex[plan.gpu.name] / price.lifetime * hours * 3600
+    assert owned["cost"] == pytest.approx(worn + price.tariff.mid * owned["energy"]) and owned["energy"] == rented["energy"]
+    assert rented["carbon_location"] > 0 and stage("power.pue=2")["energy"] > 1.5 * rented["energy"]
+
+
+def test_conversations_take_their_time(tmp_path):
+    """Bytes a worker at the tokenizer's rate, rounds of tasks for a long file; few that are held out are soon evaluated."""
+    plan = load(["finetune=lora"])
+    base = finetune(plan)["seconds"]
+
+    def more(lines, length):
+        path = tmp_path / f"{lines}.jsonl"
+        path.write_text(("x" * (length - 1) + "\n") * lines)
+        return finetune(load(["finetune=lora", f"finetune.data={path}"]))["seconds"] - base
+
+    rate, whole = plan.tokenizer.encode_rate, LINES * plan.finetune.held_out > plan.train.evaluate_sequences
+    one, two, three = more(LINES, 100), more(LINES, 200), more(3 * LINES, 100)
+    assert whole and plan.ranks == 2 and two - one == pytest.approx(LINES * 100 / rate) == pytest.approx(three - one)
+    few = more(40, 100)
+    assert few < one - LINES * 100 / rate
+
+
+def test_a_checkpoint_of_adapters_is_small():
+    """Weights and two moments in fp32 of the adapters alone, written to a storage that is slow."""
+    words = ["checkpoint.asynchronous=false", "cluster.storage_write='1 GB/s'"]
+    often, once = (stage(*words, "finetune.steps=200", f"checkpoint.every={every}")["seconds"] for every in (100, 200))
+    plan = load(LARGE)
+    count = adapter_parameters(plan.model, plan.finetune.targets, plan.finetune.rank)
+    assert often - once == pytest.approx(12 * count / 1e9, rel=0.01)
 
 
 def test_flops_of_adapters():
