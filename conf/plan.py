@@ -594,7 +594,7 @@ class Finetune(Node):
         must=("none", "full", "lora", "qlora"),
     )
     data: Optional[str] = say(
-        "JSON Lines file of conversations: messages of role and content, prompt and completion, or question and answer; digits = our own task"
+        "JSON Lines file of conversations: messages, or prompt and completion, or question and answer; digits = our own task"
     )
     template: str = say("how a conversation becomes text: plain, chatml, llama3, or a file of a Jinja chat template")
     held_out: float = say("share of conversations kept for evaluation", must=SHARE)

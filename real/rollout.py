@@ -96,18 +96,17 @@ class Engine:
 
         Raises Refused for a prompt that is empty, too long, or of another vocabulary.
         """
-        for item in work:
-            sample = Sample(item) if isinstance(item, Request) else item
-            self._check(sample.request.ids)
-            self._queue.append(Sample(sample.request, [*sample.tokens], [*sample.logp], [*sample.versions]))
+        fresh = [Sample(item) if isinstance(item, Request) else item for item in work]
+        for sample in fresh:
+            self._check(sample.request.ids, sample.tokens)
+        self._queue.extend(Sample(sample.request, [*sample.tokens], [*sample.logp], [*sample.versions]) for sample in fresh)
 
-    def _check(self, ids: Sequence[int]) -> None:
-        room = self.longest - self.new_tokens
+    def _check(self, ids: Sequence[int], tokens: Sequence[int]) -> None:
+        room, vocab = self.longest - self.new_tokens, self.model.shape.vocab
         if not 0 < len(ids) <= room:
             raise Refused(f"a prompt of {len(ids)} tokens; an engine for {self.longest} takes 1 to {room}, and {self.new_tokens} new ones")
-        if not 0 <= min(ids) <= max(ids) < self.model.shape.vocab:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise Refused(f"a prompt holds token {wrong}, model.vocab={self.model.shape.vocab}; use the tokenizer of the model")
+        if wrong := [token for token in (*ids, *tokens) if not 0 <= token < vocab]:
+            raise Refused(f"a prompt holds token {wrong[0]}, model.vocab={vocab}; use the tokenizer of the model")
 
     def run(self) -> list[Sample]:
         """All that is left."""

@@ -21,7 +21,7 @@ ALONE = {
         "guard", "heartbeat", "huggingface", "initial", "integrity", "language", "layers", "lineage", "loss", "maintext", "measure",
         "minhash", "model", "moe", "muon", "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress",
         "remote", "resume", "shards", "slurm", "stability", "stage", "storage", "straggler", "substring", "tiers", "trainer", "urls",
-        "winnow", "rollout", "rewards", "prompts",
+        "winnow", "rollout", "rewards", "prompts", "server",
     },
 }  # fmt: skip
 

@@ -89,8 +89,7 @@ def test_long_prompts_are_left_out_and_counted(tokenizer, tmp_path):
     ('{"question": "a"}', "it has question; an answer is missing"), ('{"answer": "a"}', "it has answer; a question, a prompt or messages"),
     ('{"question": 3, "answer": "a"}', "what it asks is no text"), ('{"question": "a", "answer": ""}', "its answer is no text"),
     ('{"question": "a", "answer": true}', "its answer is no text"), ('{"question": "a", "answer": ["b"]}', "its answer is no text"),
-    ('{"question": "", "answer": "a"}', "what it asks is empty"),
-    ('{"messages": [], "answer": "a"}', "it has messages, answer; a question,"),
+    ('{"question": "", "answer": "a"}', "what it asks is empty"), ('{"messages": [], "answer": "a"}', "it has messages, answer; "),
     ('{"messages": ["a"], "answer": "a"}', "message 1 has no role and content"),
     ('{"messages": [{"role": "assistant", "content": "a"}], "answer": "a"}', "its last message is the assistant's"),
 ])  # fmt: skip

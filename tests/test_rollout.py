@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ SHAPES = {
     "shared": ["model=tiny_mixtral", *SMALL],
 }
 END, VOCAB = 3, 512
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on busy cores wait long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def decoder(kind: str = "grouped", seed: int = 0, sharp: float = 7.0) -> Decoder:
