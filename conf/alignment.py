@@ -157,6 +157,8 @@ def _roles(align: Align, ranks: int, one: int) -> Iterator[str]:
         yield f"{have}; set another align.{share}, or lower mesh.tp"
     elif generators % align.engine_tp:
         yield f"align.engine_tp={align.engine_tp} must divide the {generators} ranks that generate; set align.engine_tp=1"
+    elif align.generator and align.apart and generators > 1:
+        yield f"align.generator={align.generator}: one rank speaks with a server, here {generators} would; lower align.rollout_share"
     if align.method in PREFERENCES and align.placement not in ("colocated", "split_ref"):
         yield f"align.placement={align.placement}: {align.method} generates nothing; set align.placement=colocated or split_ref"
 

@@ -200,10 +200,16 @@ def merge(path: Path, plan: Plan, base: Path, target: Path, tokenizer: Path | No
     adapt(model, plan.but(**{"mesh.tp": 1}))
     load_base(base, plan, [model], 0)
     checkpoint.read({f"model.{name}": p.detach() for name, p in model.named_parameters() if name.endswith(checkpoint.ADAPTER)}, path)
+    named = merged(model)
+    return huggingface.write_model(lambda names: [named[name] for name in names], list(named), plan.model, plan.tuned.train.seq_len, target,
+                                   tokenizer)  # fmt: skip
+
+
+def merged(model: Decoder) -> dict[str, Tensor]:
+    """The parameters of a whole model by name, adapters added into their matrices."""
     named = {name: p.detach().float() for name, p in model.named_parameters() if not name.endswith(checkpoint.TUNED)}
     named |= {name: b for name, b in model.named_buffers() if name.endswith("correction_bias")}
     for name, module in model.named_modules():
         if isinstance(module, Adapted | Quantised):
             named[f"{name}.weight"] = module.merged() if isinstance(module, Adapted) else module.whole()
-    return huggingface.write_model(lambda names: [named[name] for name in names], list(named), plan.model, plan.tuned.train.seq_len, target,
-                                   tokenizer)  # fmt: skip
+    return named

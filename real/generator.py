@@ -1,14 +1,16 @@
 """The generator of one rank with its prompts and rewards: where the trainers are, or on a rank of its own."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from conf.errors import Refused
 from conf.plan import Plan
-from real import adapters, digits, prompts
+from real import adapters, digits, huggingface, prompts
 from real.alignment import Rank
 from real.chats import Coder
 from real.cluster import device
@@ -20,6 +22,7 @@ from real.rewards import Judge
 from real.roles import Follow, bridge
 from real.rollout import Engine, Request, Sample
 from real.samples import Judged
+from real.server import Remote
 from real.sync import Sync
 
 WAIT = 0.2  # seconds between two beats of a rank that waits
@@ -53,10 +56,8 @@ class Maker:
         self.prompts = prompts.read(digits.align_of(me.plan, start.folder / "tokens"), tokenizer)
         self.order = Order(len(self.prompts.train), me.plan.seed)
         self.model = model_of(me.plan, start.base)
-        end = self.coder.end
-        assert end is not None
-        self.engine = Engine(self.model, slots=align.slots, longest=align.longest, new_tokens=align.new_tokens, end=end,
-                             temperature=align.temperature, device=device(me.plan))  # fmt: skip
+        self.engine = self._engine(self.coder.end or 0)
+        self.shelf = start.folder / "served"  # where a server elsewhere finds new weights
         self.judge = None if align.reward == "model" else Judge(align.reward, align.reward_timeout)
 
     @property
@@ -67,6 +68,25 @@ class Maker:
     @property
     def busy(self) -> bool:
         return self.engine.live + self.engine.waiting > 0
+
+    def _engine(self, end: int) -> Engine | Remote:
+        align = self.me.align
+        said: dict[str, Any] = {"slots": align.slots, "longest": align.longest, "new_tokens": align.new_tokens, "end": end,
+                                "temperature": align.temperature}  # fmt: skip
+        if align.generator:
+            return Remote(align.generator, **said)
+        return Engine(self.model, **said, device=device(self.plan))
+
+    def took(self, version: int) -> None:
+        """The model has new weights: the engine, or the server that stands for it, draws from them from now on."""
+        if isinstance(self.engine, Engine):
+            self.engine.refresh(version)
+            return
+        shutil.rmtree(self.shelf, ignore_errors=True)
+        named = adapters.merged(self.model)
+        huggingface.write_model(lambda names: [named[name] for name in names], list(named), self.plan.model, self.me.align.longest,
+                                self.shelf, None)  # fmt: skip
+        self.engine.load(self.shelf, version)
 
     def _where(self, prompt: int) -> tuple[Prompts, int]:
         return (self.prompts.train, self.order[prompt]) if prompt >= 0 else (self.prompts.held_out, -1 - prompt)
@@ -81,6 +101,13 @@ class Maker:
         """A token of every completion under way; returns those that have ended, with their rewards."""
         self.me.enter("generate")
         return self._judged(self.engine.step())
+
+    def drain(self) -> Iterator[list[Judged]]:
+        """What is under way, to its end; what waits stays waiting."""
+        self.engine.paused = True
+        while self.engine.live:
+            yield self.step()
+        self.engine.paused = False
 
     def run(self) -> list[Judged]:
         """All that is wanted."""
@@ -122,13 +149,12 @@ def serve(plan: Plan, start: Start) -> bool:
             maker.submit(message[1])
         elif message[0] == "weights":
             _, version, names = message
-            maker.engine.paused = not plan.align.partial
-            while maker.engine.paused and maker.engine.live:
-                line.tell("made", maker.step())
-            maker.engine.paused = False
+            if not plan.align.partial:
+                for made in maker.drain():
+                    line.tell("made", made)
             me.enter("sync")
             moved = sync.receive(maker.model, names)
-            maker.engine.refresh(version)
+            maker.took(version)
             line.tell("loaded", version, moved.checksum)
             me.book()
         else:

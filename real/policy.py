@@ -24,6 +24,7 @@ from real.learner import Network, Rows, rows_of
 from real.objectives import Sum
 from real.pretrain import Start
 from real.roles import Lead, bridge
+from real.rollout import Engine
 from real.samples import Journal, Judged, Pool
 from real.scoring import Scorers
 from real.sync import Moved, Sync, travelling
@@ -224,6 +225,7 @@ class Here:
 
     def ask(self, wanted: Sequence[Wanted]) -> list[Judged]:
         engine, offload = self.maker.engine, self.trainer.align.offload
+        assert isinstance(engine, Engine)
         if offload:
             engine.wake()
         self.maker.submit(one for one in wanted if one[0] % self.size == self.index)
@@ -239,7 +241,7 @@ class Here:
     def publish(self, version: int) -> Moved:
         with self.trainer.timeline.during("sync"):
             moved = self.sync.send(self.trainer.policy.model, self.maker.model)
-            self.maker.engine.refresh(version)
+            self.maker.took(version)
         return moved
 
     def close(self) -> None:

@@ -33,6 +33,7 @@ from real.rollout import Engine, Request, Sample
 
 TOKEN = "token_id:"  # vLLM's spelling of a token that is not to become text
 PATIENCE = 3600.0  # seconds for the longest completion
+PAUSE = 0.2  # seconds between two looks at what is under way
 # What would change the distribution that is sampled, with the values that leave it alone.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,),
@@ -266,7 +267,7 @@ class Remote:
 
     def __init__(self, address: str, *, slots: int, longest: int, new_tokens: int, end: int, temperature: float) -> None:
         self.address, self.slots, self.longest, self.new_tokens = address.rstrip("/").removesuffix("/v1"), slots, longest, new_tokens
-        self.end, self.temperature, self.version = end, temperature, 0
+        self.end, self.temperature, self.version, self.paused = end, temperature, 0, False
         parts = urlsplit(self.address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise Refused(f"align.generator={address} is no address; give one as in http://127.0.0.1:8000")
@@ -296,11 +297,11 @@ class Remote:
         self._queue.extend(Sample(item) if isinstance(item, Request) else item for item in work)
 
     def step(self) -> list[Sample]:
-        """Send what there is room for, and wait until something has finished."""
-        while self._queue and len(self._under_way) < self.slots:
+        """Send what there is room for, and wait a moment for something to have finished."""
+        while self._queue and len(self._under_way) < self.slots and not self.paused:
             sample = self._queue.popleft()
             self._under_way[self._pool.submit(self._complete, sample, self.version)] = sample
-        finished = wait(self._under_way, return_when=FIRST_COMPLETED).done
+        finished = wait(self._under_way, PAUSE, FIRST_COMPLETED).done
         done = {future: future.result() for future in self._under_way if future in finished}  # if one raises, all stay for `interrupt`
         self._under_way = {future: sample for future, sample in self._under_way.items() if future not in done}
         return [*done.values()]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,11 +42,13 @@ def pairs(tmp_path):
 def align(foretold, base, questions, tmp_path):
     """`foretold real` of an alignment on so many ranks: its folder, and the quantities of its summary."""
 
-    def run(*words: str, ranks: int = 1, status: int = 0) -> tuple[Path, dict[str, float]]:
+    def run(*words: str, ranks: int = 1, status: int = 0) -> Any:
         common = [*toy.TASK, *RUN, f"start={base}", f"align.data={questions}", f"cluster.gpus_per_node={ranks}", "cluster.cores_per_node=1"]
         before = set((tmp_path / "runs").glob("*"))
         told, out, err = foretold("real", *common, *words)
         assert told == status, out + err
+        if status:
+            return out, None, err
         (home,) = set((tmp_path / "runs").glob("*")) - before or {max((tmp_path / "runs").glob("*"), key=lambda p: p.stat().st_mtime)}
         found = read_summary(home / "real")
         return home / "real" / "align", {name: q["value"] for name, q in found["quantities"].items()} if found else {}
@@ -117,6 +120,35 @@ def test_every_way_to_send_weights_sends_the_same(align, sync):
     whole, _ = align(*words, "align.bucket=10 kB", ranks=3)
     other, _ = align(*words, f"align.sync={sync}", ranks=3)
     same(weights(whole), weights(other))
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from tests import toy
+from real import huggingface
+from real.model import Decoder
+from real.rollout import Engine
+from real.server import Server
+plan, folder = toy.plan_of(), Path(sys.argv[1])
+model = Decoder(plan.model)
+huggingface.load(folder, plan.model, [model])
+engine = Engine(model, slots=16, longest=plan.align.longest, new_tokens=plan.align.new_tokens, end=0, temperature=1.0, device="cpu")
+print(Server(engine, "toy").address, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_server_elsewhere_generates_and_gets_the_weights(align, base):
+    command = [sys.executable, "-c", SERVE, str(base)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as server:
+        address = server.stdout.readline().strip()
+        ours, _ = align(*GRPO, "align.placement=disaggregated", ranks=2)
+        theirs, told = align(*GRPO, "align.placement=disaggregated", f"align.generator={address}", ranks=2)
+        server.stdin.close()
+    assert told["align.staleness"] == 0
+    same(weights(ours), weights(theirs), 1e-4)
+    assert "does not answer" in align(*GRPO, "align.placement=disaggregated", f"align.generator={address}", ranks=2, status=2)[2]
 
 
 # -- methods
