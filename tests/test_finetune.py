@@ -179,7 +179,7 @@ def test_bad_files_are_one_line(tmp_path, tiny, foretold, talks):
     assert status == 2 and f"{bad}, line 5: it has text" in err and err.strip().count("\n") == 0
     status, _, err = foretold("real", *common, f"finetune.data={talks}", "only=finetune", "seed=9")
     assert status == 2 and "holds no pre-trained model to fine-tune" in err
-    home = foretold("real", *common, f"finetune.data={talks}")[0] == 0 and next((tmp_path / "runs").glob("*/real/finetune/base")).parent
+    home = foretold("real", *common, f"finetune.data={talks}")[0] == 0 and next((tmp_path / "runs").glob("*/real/finetune/adapter")).parent
     (home / "base").write_text("/another")
     status, _, err = foretold("real", *common, f"finetune.data={talks}", "only=finetune")
     assert status == 2 and "was begun on /another, this is" in err and err.strip().count("\n") == 0
