@@ -20,8 +20,8 @@ ALONE = {
         "frontier", "nf4", "objectives",
         "guard", "heartbeat", "huggingface", "initial", "integrity", "language", "layers", "lineage", "loss", "maintext", "measure",
         "minhash", "model", "moe", "muon", "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress",
-        "remote", "resume", "shards", "slurm", "stability", "stage", "storage", "straggler", "substring", "tiers", "trainer", "urls",
-        "winnow", "rollout", "rewards", "prompts", "server",
+        "prompts", "remote", "resume", "rewards", "rollout", "server", "shards", "slurm", "stability", "stage", "storage",
+        "straggler", "substring", "tiers", "trainer", "urls", "winnow",
     },
 }  # fmt: skip
 

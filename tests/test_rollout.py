@@ -9,6 +9,7 @@ import torch
 
 from conf.errors import Refused
 from conf.program import load
+from real import rollout
 from real.initial import initialise
 from real.model import Decoder
 from real.rollout import Engine, Request, Sample, draw, uniform
@@ -94,6 +95,18 @@ def test_company_does_not_matter(kind):
     for one, other in zip(together, alone, strict=True):
         assert one.logp == pytest.approx(other.logp, abs=1e-5)
     assert len({tuple(s.tokens) for s in together}) == 20  # the seeds differ, so the two of a prompt do
+
+
+def test_prompts_are_filled_in_portions_and_once_for_a_group(monkeypatch):
+    model, filled = decoder(), []
+    whole = _run(engine(model, slots=9), requests())
+    monkeypatch.setattr(rollout, "FILL", 16)
+    one, blocks = engine(model, slots=9), Engine._blocks
+    monkeypatch.setattr(Engine, "_blocks", lambda self, tokens, at: filled.append(tuple(tokens.shape)) or blocks(self, tokens, at))
+    again = _run(one, requests())
+    assert [s.tokens for s in again] == [s.tokens for s in whole]
+    # Of lengths 1, 5, 16, 2 and 9 all but the newest token, two samples of each but the last: 0, 4, 15, 1 and 8.
+    assert filled[:4] == [(2, 4), (1, 8), (1, 15), (9, 1)]
 
 
 def test_a_free_slot_is_filled_at_the_next_step():
