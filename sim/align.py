@@ -12,10 +12,11 @@ begun (partial), or when it is done. The window that is simulated is long enough
 spread evenly over the run. Failures are left out, as in fine-tuning.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from functools import partial
+from heapq import heappop, heappush, heapreplace
 from typing import NamedTuple
 
 import numpy as np
@@ -116,15 +117,13 @@ class Job:
         self.queue: deque[Completion] = deque()
         self.stale: list[int] = []
         self.tokens = 0
-        self.count = [0] * (self.batches + align.lag + 1)
+        self.count: Counter[int] = Counter()  # samples that are done, by batch
         self.wanted = self.env.event()
         self.spent = dict.fromkeys(("queue", "logprob", "score", "train", "sync"), 0.0)
         engines = len(plan.roles.generators) // align.engine_tp
-        self.engines = [Engine(self.env, plan, work, room, lambda: self.version, self._done) for _ in range(engines)]
-        for engine in self.engines:
-            engine.few = FEW * min(align.slots, self.size / engines)
-        self.loads = [(0, number) for number in range(engines)]
-        self.number = {id(engine): number for number, engine in enumerate(self.engines)}
+        few = FEW * min(align.slots, self.size / engines)
+        self.engines = [Engine(self.env, align, work, room, few, lambda: self.version, partial(self._done, i)) for i in range(engines)]
+        self.loads = [(0, number) for number in range(engines)]  # heap; what no longer holds is passed over
         self.dice, self.next = np.random.default_rng(plan.seed), iter(self._samples())
         self.ahead: Completion | None = None
 
@@ -148,32 +147,22 @@ class Job:
         """Samples that may begin go to the engine with the fewest, as long as any has a free slot."""
         while True:
             self.ahead = self.ahead or next(self.next)  # type: ignore[call-overload]
-            if not self._may_begin(self.ahead.batch) or (engine := self._freest()) is None:
-                return
-            engine.take(self.ahead)
-            self.begun, self.ahead = self.begun + 1, None
-            heappush(self.loads, (engine.load, self.number[id(engine)]))
-
-    def _freest(self) -> Engine | None:
-        while self.loads:
+            while self.loads[0][0] != self.engines[self.loads[0][1]].load:  # said before it changed
+                heappop(self.loads)
             load, number = self.loads[0]
-            engine = self.engines[number]
-            if load != engine.load:  # said before it changed
-                heappop(self.loads)
-            elif load >= self.plan.align.slots:
-                return None
-            else:
-                heappop(self.loads)
-                return engine
-        return None
+            if load >= self.plan.align.slots or not self._may_begin(self.ahead.batch):
+                return
+            self.engines[number].take(self.ahead)
+            self.begun, self.ahead = self.begun + 1, None
+            heapreplace(self.loads, (load + 1, number))
 
-    def _done(self, completion: Completion) -> None:
+    def _done(self, number: int, completion: Completion) -> None:
+        """An engine has ended a completion."""
         self.queue.append(completion)
-        self.count[completion.batch] += completion.batch < len(self.count)
+        self.count[completion.batch] += 1
         if not self.wanted.triggered and self._ready():
             self.wanted.succeed()
-        self.loads = [(engine.load, number) for number, engine in enumerate(self.engines)]
-        heapify(self.loads)
+        heappush(self.loads, (self.engines[number].load, number))
         self._release()
 
     # -- the learner

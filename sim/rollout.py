@@ -14,6 +14,7 @@ is prefilled again later, as in vLLM (Kwon et al. 2023, section 4.5).
 import math
 from collections import deque
 from collections.abc import Callable
+from functools import cache
 from heapq import heapify, heappop, heappush
 from statistics import NormalDist
 from typing import NamedTuple
@@ -31,6 +32,8 @@ from sim.parallel import columns, passed
 
 KNEE = 1.4  # s of the knee
 HOST = 3e-3  # s that an engine's host takes between two steps: scheduling, sampling, texts
+KEYS = 0.4  # share of the memory's rate at which attention reads a cache, over that of other kernels
+CHUNK = 8192  # tokens that are prefilled at once, vLLM's max_num_batched_tokens
 FEW = 0.1  # share of its slots below which an engine is in the tail
 WIDTHS = {"fp32": 4, "fp8": 1, "fp4": 0.5}  # bytes of a weight; 2 in other precisions
 
@@ -62,7 +65,7 @@ def decode(plan: Plan) -> Decode:
     device, counts = Device([rates(plan)]), np.arange(plan.align.slots + 1, dtype=float)
     own = columns([plan])
     own.tp, own.cp, own.ep, own.etp, own.compiled, own.graphs = float(plan.align.engine_tp), 1.0, 1.0, 1.0, True, np.array([True])
-    held = cached(plan) / plan.align.engine_tp / device["bandwidth.attention.forward"][0]
+    held = cached(plan) / plan.align.engine_tp / device["bandwidth.attention.forward"][0] / KEYS
     if plan.gpu.kind == "cpu":
         own = columns([plan])
         own.micro_batch, own.seq_len = np.maximum(counts, 1.0), 1.0
@@ -70,8 +73,10 @@ def decode(plan: Plan) -> Decode:
         step, held = passed(own, device), held + flops
     else:
         step = HOST + _links(plan, device, counts) + _weights(plan, device, counts)
-    own.micro_batch, own.seq_len = 1.0, float(plan.align.prompt_tokens)
-    return Decode(np.broadcast_to(step, counts.shape), float(held), float(passed(own, device)[0] / plan.align.prompt_tokens))
+    prompts = max(1.0, CHUNK / plan.align.prompt_tokens) if plan.gpu.kind != "cpu" else float(plan.align.slots)
+    own.micro_batch, own.seq_len = prompts, float(plan.align.prompt_tokens)
+    prefill = passed(own, device)[0] / (prompts * plan.align.prompt_tokens)
+    return Decode(np.broadcast_to(step, counts.shape), float(held), float(prefill))
 
 
 def _weights(plan: Plan, device: Device, counts: Array) -> Array:
@@ -80,7 +85,7 @@ def _weights(plan: Plan, device: Device, counts: Array) -> Array:
     model, tp = plan.model, plan.align.engine_tp
     moe = model.moe
     touched = 1 - (1 - moe.top_k / moe.experts) ** counts if moe.experts else 0.0
-    read = layers_parameters(model) + embedding_parameters(model) + routed_parameters(model) * touched
+    read = layers_parameters(model) + embedding_parameters(model) + routed_parameters(model) * touched / device["grouped"]
     memory = width(plan) * read / tp / device["bandwidth.matmul.forward"]
     arithmetic = 2 * matmul_parameters(model) * counts / tp / device["rate.matmul.forward"]
     return np.asarray((memory**KNEE + arithmetic**KNEE) ** (1 / KNEE))
@@ -104,9 +109,14 @@ def lengths(align: Align, count: int, step: int, dice: np.random.Generator) -> A
     an order by chance. So the mean and the tail of every step are those of the law, and only who gets which is drawn."""
     mean = min(align.mean_tokens * (1 + align.growth * step / 100), align.new_tokens)
     centre = _centre(mean, align.sigma, align.new_tokens)
-    even = np.array([NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]) if align.sigma else np.zeros(count)
-    drawn = np.minimum(np.exp(centre + align.sigma * even), align.new_tokens)
+    drawn = np.minimum(np.exp(centre + align.sigma * _even(count)), align.new_tokens)
     return np.asarray(dice.permutation(np.maximum(1, np.rint(drawn)).astype(int)))
+
+
+@cache
+def _even(count: int) -> Array:
+    """So many even quantiles of the standard normal."""
+    return np.array([NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)])
 
 
 def _centre(mean: float, sigma: float, cut: float) -> float:
@@ -143,13 +153,13 @@ class Completion:
 class Engine:
     """One generator: slots, a cache, and who waits for them."""
 
-    def __init__(self, env: simpy.Environment, plan: Plan, work: Decode, room: float, version: Callable[[], int],
+    def __init__(self, env: simpy.Environment, align: Align, work: Decode, room: float, few: float, version: Callable[[], int],
                  done: Callable[[Completion], None]) -> None:  # fmt: skip
-        self.env, self.work, self.room, self.version, self.done = env, work, room, version, done
-        self.slots, self.prompt, self.few = plan.align.slots, plan.align.prompt_tokens, 0.0
+        self.env, self.work, self.room, self.few, self.version, self.done = env, work, room, few, version, done
+        self.slots, self.prompt = align.slots, align.prompt_tokens
         self.waiting: deque[Completion] = deque()
         self.active: list[tuple[int, int, Completion]] = []  # heap: step at which it ends, order, completion
-        self.order: list[Completion] = []  # the same by age
+        self.order: dict[Completion, int] = {}  # the same by age, with the step at which each ends
         self.steps = self.tokens = self.number = self.preempted = 0
         self.spent = self.tail = 0.0  # seconds of work, and of them those with few completions
         self.halt = ""  # drain: begin nothing new; now: stand still after the step under way
@@ -229,8 +239,8 @@ class Engine:
             if one.version < 0:
                 one.version = self.version()
             self.number += 1
-            heappush(self.active, (self.steps + one.length - one.made, self.number, one))
-            self.order.append(one)
+            self.order[one] = self.steps + one.length - one.made
+            heappush(self.active, (self.order[one], self.number, one))
             self.tokens += context
             read += context
         return read
@@ -243,8 +253,7 @@ class Engine:
         return left if len(self.order) == 1 else max(1, min(left, int((self.room - self.tokens) // len(self.order))))
 
     def _give_way(self) -> None:
-        youngest = self.order.pop()
-        end = next(end for end, _, one in self.active if one is youngest)
+        youngest, end = self.order.popitem()
         self.active = [entry for entry in self.active if entry[2] is not youngest]
         heapify(self.active)
         youngest.made = youngest.length - (end - self.steps)
@@ -267,12 +276,9 @@ class Engine:
     def _move(self, count: int) -> None:
         self.steps += count
         self.tokens += count * len(self.order)
-        ended = set()
         while self.active and self.active[0][0] <= self.steps:
             one = heappop(self.active)[2]
             self.tokens -= self.prompt + one.length
-            one.made = one.length
-            ended.add(id(one))
+            del self.order[one]
             self.full = False
             self.done(one)
-        self.order = [one for one in self.order if id(one) not in ended] if ended else self.order

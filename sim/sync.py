@@ -36,11 +36,11 @@ def sync(plan: Plan) -> Sync:
     whole = size * trained(plan) if align.adapters and align.sync == "adapters" else size * float(parameters(plan.model))
     sent = whole * CHANGED * (size + PLACE) / size if align.sync == "delta" else whole
     pieces = _pieces(plan, sent)
-    each = 1 / align.engine_tp if align.sync == "sharded" or not align.apart else 1.0
+    each = 1 / align.engine_tp if align.sync == "sharded" else 1.0
     device = Device([rates(plan)])
     network = Network([plan], device)
     trainers, ranks = len(plan.roles.trainers), plan.ranks
-    gathered = _seconds(network, trainers, sent * (each if not align.apart else 1.0), pieces)
+    gathered = _seconds(network, trainers, sent * each, pieces)
     seconds = gathered + (_seconds(network, ranks, sent * each, pieces) if align.apart else 0.0)
     return Sync(sent, pieces, seconds)
 
