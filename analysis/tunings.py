@@ -2,7 +2,7 @@
 
 What a row does not say follows from whose it is: MLPerf's submitters choose the quickest mesh that fits, on Megatron's kernels in fp8 where
 the device has it; Qwen's scripts (transformers, DeepSpeed) and prime-rl (FSDP2) recompute everything; torchtune recomputes and compiles.
-Reinforcement learning is not predicted yet, nor is training in bf16 throughout, which no plan says.
+Training in bf16 throughout is not predicted, which no plan says. Steps of reinforcement learning are in rollouts.py.
 """
 
 import re
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from analysis.rollouts import Rolled, rolled
 from analysis.rows import Replayed, Unplayable, each, part_of, tabled, word
 from conf.arithmetic import flops_per_token, parameters
 from conf.plan import Plan
@@ -32,6 +33,7 @@ MODELS = (
 )  # fmt: skip
 ATTENTION, GATES = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj")
 SAMPLES = ((8, 3072), (64, 7500), (128, 11000))  # that MLPerf's target takes at a batch: its result logs, rounds 4.0 and 4.1
+GENERATION = 0.15  # standard deviation that rollouts add to the logarithm of a step's error
 GIB, GB = 2**30, 1e9
 
 
@@ -88,14 +90,18 @@ SCORED = {*METRICS, "step_time_s", "gen_s", "tokens/s/GPU", "mean_node_W", "ener
 def scored(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of quantities that are predicted at all, by the source's family."""
     kept = frame[frame["metric"].isin(SCORED)]
-    return kept.assign(row=kept.index, group=kept["source"].astype(str).str.split(r"[/ ]", n=2, regex=True).str[:2].str.join("/"))
+    family = kept["source"].astype(str).str.split(r"[/ ]", n=2, regex=True).str[:2].str.join("/")
+    release = kept["note"].astype(str).str.extract(r"NeMo RL (v\S+)")[0] if "note" in kept else ""
+    return kept.assign(row=kept.index, group=(family + " " + release).where(release.notna(), family) if "note" in kept else family)
 
 
 def tunings_of(frame: pd.DataFrame) -> Replayed:
     """Every row that names a fine-tuning of a known model on known GPUs."""
     known: dict[Any, Tuned] = {}
 
-    def of(row: Mapping[str, Any]) -> tuple[Tuned, float, float]:
+    def of(row: Mapping[str, Any]) -> tuple[Tuned | Rolled, float, float]:
+        if word(row, "placement") not in ("trainer", "trainer only"):
+            return rolled(row)
         method, maker = _method(row), _maker(row)
         said = tuple(word(row, name) for name in ("model sizes", "gpus", "seq lens", "batch"))
         key = (maker, method, _rank(row, maker), said)
@@ -112,10 +118,16 @@ def tunings_of(frame: pd.DataFrame) -> Replayed:
 
     found, failed = each(frame, of)
     rows = list(found.values())
-    classes = [f"{frame['metric'][index]} {tuned.plan.finetune.method}" for index, (tuned, _, _) in found.items()]
-    kinds = ["memory" if "GB" in frame["metric"][index] or "GiB" in frame["metric"][index] else "time" for index in found]
-    spread = [tuned.step.error for tuned, _, _ in rows]
+    classes = [f"{frame['metric'][index]} {one.plan.finetune.method} {one.plan.align.method}" for index, (one, _, _) in found.items()]
+    kinds = [_kind(one, word(frame.loc[index], "metric")) for index, (one, _, _) in found.items()]
+    spread = [one.step.error if isinstance(one, Tuned) else np.hypot(one.lived.parts.step.error, GENERATION) for one, _, _ in rows]
     return Replayed(tabled(list(found), [row[1] for row in rows], spread, [row[2] for row in rows], classes, kinds), failed)
+
+
+def _kind(one: Tuned | Rolled, metric: str) -> str:
+    if isinstance(one, Rolled):
+        return "rollouts, mixture" if one.plan.model.moe.experts else "rollouts, dense"
+    return "memory" if "GB" in metric or "GiB" in metric else "time"
 
 
 def _samples(plan: Plan) -> float:
@@ -126,8 +138,6 @@ def _samples(plan: Plan) -> float:
 
 def _method(row: Mapping[str, Any]) -> str:
     said = word(row, "algo").lower()
-    if word(row, "placement") not in ("trainer", "trainer only"):
-        raise Unplayable("a reinforcement learning's step is not predicted yet")
     if "emb" in said:
         raise Unplayable("embedding and head are trained beside the adapters: no plan says that")
     if "q-lora" in said or "qlora" in said:

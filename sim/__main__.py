@@ -57,6 +57,11 @@ SHOWN = {
     "a step": ("pretrain.step_time", "pretrain.tokens_per_s", "pretrain.mfu", "pretrain.peak_memory"),
     "fine-tuning": ("finetune.step_time", "finetune.tokens_per_s", "finetune.mfu", "finetune.peak_memory", "finetune.parameters",
                     "finetune.seconds", "finetune.cost"),
+    "alignment": ("align.step_time", "align.tokens_per_s", "align.tokens_per_s_per_gpu", "align.generate_time", "align.score_time",
+                  "align.logprob_time", "align.train_time", "align.sync_time", "align.queue_time", "align.idle_time",
+                  "align.generator_utilisation", "align.trainer_utilisation", "align.tail", "align.staleness_mean", "align.staleness_max",
+                  "align.discarded", "align.preempted", "align.trainer_memory", "align.generator_memory", "align.scorer_memory",
+                  "align.sync_bytes", "align.sync_seconds", "align.seconds", "align.cost", "align.energy"),
     "the run": (
         "run.wall_clock",
         "run.tokens",

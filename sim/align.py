@@ -33,6 +33,7 @@ from sim.rollout import FEW, Completion, Decode, Engine, decode, lengths
 from sim.sync import Sync, sync
 
 MEASURED = 8  # batches that are measured
+PAGED = 4e9  # B/s of a device to pageable memory of its host and back, freshly allocated every time
 BUFFER = 2  # batches that a discarding queue holds for each step of staleness, as NeMo-RL's
 THOUSAND = 1000
 
@@ -44,6 +45,7 @@ class Parts(NamedTuple):
     judge: float  # of trainers: values of a critic, the reference with adapters off
     score: float  # of whoever holds reference and reward model
     train: float  # all updates of the batch
+    swap: float  # what another role does not need, off the devices and back
     sync: Sync
     step: Pace  # one update
 
@@ -64,7 +66,8 @@ def parts(plan: Plan, twin: Plan | None = None) -> Parts:
     score = copies * (once if plan.roles.scorers == plan.roles.trainers else forward(_on(twin, len(plan.roles.scorers)), count))
     updates = align.updates if align.rollouts else 1
     moved = sync(plan) if align.rollouts else Sync(0.0, 0, 0.0)
-    return Parts(logprob, judge, score, updates * step.step_time * (1 + critic(plan)), moved, step)
+    swap = 2 * roles(plan, twin).kept / PAGED if align.rollouts and align.offload and not align.apart else 0.0
+    return Parts(logprob, judge, score, updates * step.step_time * (1 + critic(plan)), swap, moved, step)
 
 
 def _on(twin: Plan, count: int) -> Plan:
@@ -222,7 +225,7 @@ class Job:
         began = self.env.now
         yield self.env.all_of([engine.hold(self.plan.align.partial and self.plan.align.apart) for engine in self.engines])
         self.spent["queue"] += self.env.now - began
-        yield from self._spend("sync", self.parts.sync.seconds)
+        yield from self._spend("sync", self.parts.swap + self.parts.sync.seconds)
         self.version += 1
         for engine in self.engines:
             engine.go_on()
@@ -283,10 +286,15 @@ def _conserve(lived: Lived, learner: float) -> None:
 
 
 def align(plan: Plan) -> dict[str, float]:
-    """Quantities of the stage; none where it is off."""
+    """Quantities of the stage; none where it is off. They are the same in every life, and worked out once."""
     if plan.align.method == "none":
         return {}
-    return _rollouts(plan) if plan.align.rollouts else _preferences(plan)
+    if plan.id not in _told_of:
+        _told_of[plan.id] = _rollouts(plan) if plan.align.rollouts else _preferences(plan)
+    return dict(_told_of[plan.id])
+
+
+_told_of: dict[str, dict[str, float]] = {}
 
 
 def _preferences(plan: Plan) -> dict[str, float]:
@@ -299,21 +307,23 @@ def _preferences(plan: Plan) -> dict[str, float]:
     spent["idle"] = plan.ranks * step - sum(spent.values())
     tokens = plan.align.sequences * plan.align.longest
     seconds = rates(twin).init + plan.align.steps * step
-    return _told(plan, told, held, step, tokens, spent, seconds) | {"trainer_utilisation": (told.train + told.judge) / step}
+    return _common(plan, told, held, step, tokens, spent, seconds) | {"trainer_utilisation": (told.train + told.judge) / step}
 
 
 def _rollouts(plan: Plan) -> dict[str, float]:
     lived = live(plan)
     each = {state: seconds / lived.steps for state, seconds in lived.spent.items()}
     seconds = rates(plan).init + lived.filled + (plan.align.steps - (lived.trained // (plan.align.sequences) - lived.steps)) * lived.step_time
-    told = _told(plan, lived.parts, lived.held, lived.step_time, lived.tokens / lived.steps, each, seconds)
-    learned = sum(each.get(state, 0.0) for state in ("logprob", *lived.parts.step.mix))
+    told = _common(plan, lived.parts, lived.held, lived.step_time, lived.tokens / lived.steps, each, seconds)
+    role = plan.roles
+    scored = lived.parts.judge + (lived.parts.score if role.scorers == role.trainers else 0.0)
+    learned = lived.parts.logprob + scored + lived.parts.train
     return told | {
         "generator_memory": lived.held.generator,
         "generator_utilisation": lived.busy / (lived.generators * lived.wall),
-        "trainer_utilisation": learned / (len(plan.roles.trainers) * lived.step_time),
+        "trainer_utilisation": learned / lived.step_time,
         "tail": lived.tail / lived.busy,
-        "staleness": float(np.mean(lived.stale)),
+        "staleness_mean": float(np.mean(lived.stale)),
         "staleness_max": float(max(lived.stale)),
         "discarded": lived.discarded / max(1, lived.trained + lived.discarded),
         "preempted": lived.preempted / max(1, lived.made),
@@ -322,7 +332,7 @@ def _rollouts(plan: Plan) -> dict[str, float]:
     }
 
 
-def _told(plan: Plan, told: Parts, held: Held, step: float, tokens: float, spent: dict[str, float], seconds: float) -> dict[str, float]:
+def _common(plan: Plan, told: Parts, held: Held, step: float, tokens: float, spent: dict[str, float], seconds: float) -> dict[str, float]:
     """What both kinds have; `spent` are the rank-seconds of a step by state."""
     training = sum(spent.get(state, 0.0) for state in told.step.mix)
     groups = {name: spent.get(name, 0.0) for name in ("generate", "score", "logprob", "sync", "queue", "idle")} | {"train": training}

@@ -30,9 +30,11 @@ from sim.kernels import Array, Device, rates
 from sim.network import Network
 from sim.parallel import columns, passed
 
-KNEE = 1.4  # s of the knee
-HOST = 3e-3  # s that an engine's host takes between two steps: scheduling, sampling, texts
-KEYS = 0.4  # share of the memory's rate at which attention reads a cache, over that of other kernels
+KNEE = 1.7  # s of the knee; of matrix products of 1 to 4,096 tokens, H100 and A100 alike, within 10% and 7% (vidur's profiles)
+HOST = 1.2e-3  # s that an engine's host takes between two steps: scheduling, sampling, texts
+BLOCK = 40e-6  # s that it takes in a block, whose attention is launched between the graphs of the rest
+GRACE, SLOWER = ("gb200", "gb300", "gh200"), 4.5  # devices whose host is a Grace, and how much longer that takes
+KEYS = 0.53  # share of the memory's rate at which attention reads a cache, over that of other kernels
 CHUNK = 8192  # tokens that are prefilled at once, vLLM's max_num_batched_tokens
 FEW = 0.1  # share of its slots below which an engine is in the tail
 WIDTHS = {"fp32": 4, "fp8": 1, "fp4": 0.5}  # bytes of a weight; 2 in other precisions
@@ -72,7 +74,8 @@ def decode(plan: Plan) -> Decode:
         flops = 2 * plan.model.layers * (query_width(plan.model) + value_width(plan.model)) / device["rate.attention.forward"][0]
         step, held = passed(own, device), held + flops
     else:
-        step = HOST + _links(plan, device, counts) + _weights(plan, device, counts)
+        host = (HOST + BLOCK * plan.model.layers) * (SLOWER if plan.gpu.name in GRACE else 1.0)
+        step = host + _links(plan, device, counts) + _weights(plan, device, counts)
     prompts = max(1.0, CHUNK / plan.align.prompt_tokens) if plan.gpu.kind != "cpu" else float(plan.align.slots)
     own.micro_batch, own.seq_len = prompts, float(plan.align.prompt_tokens)
     prefill = passed(own, device)[0] / (prompts * plan.align.prompt_tokens)
