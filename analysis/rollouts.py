@@ -92,8 +92,8 @@ def _plan(model: str, gpus: str, placement: str, lengths: str, batch: str, note:
     trained, group = _number(r"T-GBS ([\d,]+)", batch, "its training batch"), 32 if drawn >= LARGE else 16
     base, (tp, *_) = _recipe(name, gpu, cluster, narrowest(note.partition(";")[0])), _mesh("gen", note)
     apart = "async" if "async" in placement else "disaggregated" if "disaggregated" in placement else "colocated"
-    sizes = {"prompts": drawn // group, "group": group, "updates": max(1, drawn // trained), "prompt_tokens": PROMPT,
-             "new_tokens": longest - PROMPT, "mean_tokens": float(min(mean, longest - PROMPT)), "engine_tp": tp, "placement": apart}  # fmt: skip
+    sizes = {"prompts": drawn // group, "group": group, "updates": max(1, drawn // trained), "prompt_tokens": PROMPT, "engine_tp": tp,
+             "new_tokens": longest - PROMPT, "mean_tokens": float(min(mean, longest - PROMPT)), "placement": apart}  # fmt: skip
     degrees = dict(zip(("tp", "cp", "ep", "pp"), _mesh("train", note), strict=True))
     return base.but(align=base.align.but(**sizes), mesh=base.mesh.but(**degrees), cluster=base.cluster.part(count))
 
@@ -101,7 +101,14 @@ def _plan(model: str, gpus: str, placement: str, lengths: str, batch: str, note:
 @cache
 def _recipe(model: str, gpu: str, cluster: str, precision: str) -> Plan:
     """What all rows have; on as many servers as the largest needs, of which each takes its part."""
-    words = (f"model={model}", f"gpu={gpu}", f"cluster={cluster}", "cluster.nodes=256", f"train.precision={precision}", f"align.sigma={SIGMA}")
+    words = (
+        f"model={model}",
+        f"gpu={gpu}",
+        f"cluster={cluster}",
+        "cluster.nodes=256",
+        f"train.precision={precision}",
+        f"align.sigma={SIGMA}",
+    )
     plan = load([*RECIPE, *words], rules=lambda _: [])
     return plan.but(gpu=plan.gpu.but(early=gpu in BLACKWELL))  # measured in its first year
 

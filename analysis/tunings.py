@@ -91,8 +91,9 @@ def scored(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of quantities that are predicted at all, by the source's family."""
     kept = frame[frame["metric"].isin(SCORED)]
     family = kept["source"].astype(str).str.split(r"[/ ]", n=2, regex=True).str[:2].str.join("/")
-    release = kept["note"].astype(str).str.extract(r"NeMo RL (v\S+)")[0] if "note" in kept else ""
-    return kept.assign(row=kept.index, group=(family + " " + release).where(release.notna(), family) if "note" in kept else family)
+    notes = kept["note"].astype(str) if "note" in kept else pd.Series("", kept.index)
+    release = notes.str.extract(r"NeMo RL( v\S+)")[0].fillna("")  # constants were fitted to one of them
+    return kept.assign(row=kept.index, group=family + release)
 
 
 def tunings_of(frame: pd.DataFrame) -> Replayed:

@@ -135,7 +135,9 @@ class Cluster(Node):
         if count == self.ranks:
             return self
         each = count if self.nodes == 1 else gcd(count, self.gpus_per_node)
-        return dataclasses.replace(self, nodes=count // each, gpus_per_node=each, domain=self.domain if self.nodes == 1 else self.domain_ranks)
+        return dataclasses.replace(
+            self, nodes=count // each, gpus_per_node=each, domain=self.domain if self.nodes == 1 else self.domain_ranks
+        )
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ Two kitchens: one bakes what the other has mixed. Who may mix how far ahead is t
 
     colocated, split_ref, disaggregated    engines begin batch t when the weights have been updated t times
     async, paced                           engines begin batch t when t ≤ updates + staleness; so nothing is ever older than that
-    async, discarding                      engines begin what fits a queue of 2 × staleness batches; what is too old when its turn comes is lost
+    async, discarding                      engines begin what fits a queue of 2 × staleness batches; what is then too old is thrown away
 
 A batch is prompts × group completions, and trained when all of it is there (discarding: when as many are there, oldest first). Then come
 log-probabilities and scores, the updates, and the sync of the weights, for which engines stand still: at once, and read again what they had
@@ -26,10 +26,10 @@ from conf.plan import Plan
 from sim.cluster import Course
 from sim.kernels import rates
 from sim.pace import Pace, pace
-from sim.parallel import forward
+from sim.parallel import columns, forward
 from sim.power import Meter
 from sim.roles import Held, critic, roles
-from sim.rollout import FEW, Completion, Decode, Engine, decode, lengths
+from sim.rollout import FEW, Completion, Decode, Engine, crowd, decode, lengths
 from sim.sync import Sync, sync
 
 MEASURED = 8  # batches that are measured
@@ -54,12 +54,12 @@ class Parts(NamedTuple):
         return self.judge + self.score
 
 
-def parts(plan: Plan, twin: Plan | None = None) -> Parts:
-    """What a batch takes; `twin` is the plan whose training is the alignment's."""
+def parts(plan: Plan, twin: Plan | None = None, slower: float = 1.0) -> Parts:
+    """What a batch takes; `twin` is the plan whose training is the alignment's, `slower` by how much because others work beside it."""
     align, twin = plan.align, twin or plan.aligned
-    step = pace(twin, align.adapters)
+    step = pace(twin, align.adapters).slowed(slower)
     count = twin.train.global_batch * (align.updates if align.rollouts else 1)
-    once = forward(twin, count)
+    once = slower * forward(twin, count)
     logprob = once if align.rollouts and align.correction != "none" else 0.0
     judge = once * (critic(plan) + (align.reference == "adapter_off"))
     copies = (align.reference == "model") + (align.reward == "model" and align.rollouts)
@@ -149,7 +149,7 @@ class Job:
     def _release(self) -> None:
         """Samples that may begin go to the engine with the fewest, as long as any has a free slot."""
         while True:
-            self.ahead = self.ahead or next(self.next)  # type: ignore[call-overload]
+            self.ahead = self.ahead or next(self.next)
             while self.loads[0][0] != self.engines[self.loads[0][1]].load:  # said before it changed
                 heappop(self.loads)
             load, number = self.loads[0]
@@ -235,7 +235,7 @@ class Job:
 def live(plan: Plan, twin: Plan | None = None) -> Lived:
     """The window of an alignment with rollouts."""
     twin = twin or plan.aligned
-    told, held = parts(plan, twin), roles(plan, twin)
+    told, held = parts(plan, twin, _beside(plan, twin)), roles(plan, twin)
     job = Job(plan, told, decode(plan), held.room)
     marks: list[tuple[float, dict[str, float], float, float, int, int]] = []
 
@@ -255,6 +255,17 @@ def live(plan: Plan, twin: Plan | None = None) -> Lived:
                   sum(engine.preempted for engine in job.engines), len(plan.roles.generators))  # fmt: skip
     _conserve(lived, sum(trainers.values()))
     return lived
+
+
+def _beside(plan: Plan, twin: Plan) -> float:
+    """By how much training is slower because engines work on the same cores, where ranks are cores and there are too few: as if both
+    took turns, but no more than their number says."""
+    most = crowd(plan, False) / float(columns([twin]).crowd)
+    if plan.align.placement != "async" or most == 1:
+        return 1.0
+    alone = live(plan.but(**{"align.placement": "disaggregated"}), twin)
+    trained = alone.parts.train + alone.parts.logprob + alone.parts.scored
+    return min(most, 1 + alone.busy / alone.generators / alone.steps / trained)
 
 
 def _states(plan: Plan, told: Parts, trainers: dict[str, float], busy: float, wall: float) -> dict[str, float]:
@@ -313,7 +324,8 @@ def _preferences(plan: Plan) -> dict[str, float]:
 def _rollouts(plan: Plan) -> dict[str, float]:
     lived = live(plan)
     each = {state: seconds / lived.steps for state, seconds in lived.spent.items()}
-    seconds = rates(plan).init + lived.filled + (plan.align.steps - (lived.trained // (plan.align.sequences) - lived.steps)) * lived.step_time
+    before = lived.trained // plan.align.sequences - lived.steps  # batches until the queue has settled
+    seconds = rates(plan).init + lived.filled + (plan.align.steps - before) * lived.step_time
     told = _common(plan, lived.parts, lived.held, lived.step_time, lived.tokens / lived.steps, each, seconds)
     role = plan.roles
     scored = lived.parts.judge + (lived.parts.score if role.scorers == role.trainers else 0.0)

@@ -13,8 +13,8 @@ from conf.arithmetic import adapter_parameters, block_parameters, embedding_para
 from conf.plan import Plan
 from sim.memory import held, memory
 from sim.parallel import columns
-from sim.room import room
 from sim.rollout import cached, width
+from sim.room import room
 
 FP32 = 4
 

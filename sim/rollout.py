@@ -62,24 +62,40 @@ def cached(plan: Plan) -> float:
     return float(model.layers * 2 * max(model.kv_heads, tp) * model.head_dim * size)
 
 
+def crowd(plan: Plan, generating: bool) -> float:
+    """Ranks that work at a time for each core, where ranks are cores and there are too few: everyone where all work at once, else one
+    role's."""
+    role, cluster = plan.roles, plan.cluster
+    ranks = plan.ranks if plan.align.placement == "async" else len(role.generators if generating else role.trainers)
+    return max(1.0, ranks / cluster.nodes / cluster.cores_per_node) if plan.gpu.kind == "cpu" else 1.0
+
+
 def decode(plan: Plan) -> Decode:
     """An engine of align.engine_tp ranks."""
     device, counts = Device([rates(plan)]), np.arange(plan.align.slots + 1, dtype=float)
-    own = columns([plan])
-    own.tp, own.cp, own.ep, own.etp, own.compiled, own.graphs = float(plan.align.engine_tp), 1.0, 1.0, 1.0, True, np.array([True])
-    held = cached(plan) / plan.align.engine_tp / device["bandwidth.attention.forward"][0] / KEYS
-    if plan.gpu.kind == "cpu":
-        own = columns([plan])
-        own.micro_batch, own.seq_len = np.maximum(counts, 1.0), 1.0
-        flops = 2 * plan.model.layers * (query_width(plan.model) + value_width(plan.model)) / device["rate.attention.forward"][0]
-        step, held = passed(own, device), held + flops
-    else:
-        host = (HOST + BLOCK * plan.model.layers) * (SLOWER if plan.gpu.name in GRACE else 1.0)
-        step = host + _links(plan, device, counts) + _weights(plan, device, counts)
-    prompts = max(1.0, CHUNK / plan.align.prompt_tokens) if plan.gpu.kind != "cpu" else float(plan.align.slots)
-    own.micro_batch, own.seq_len = prompts, float(plan.align.prompt_tokens)
-    prefill = passed(own, device)[0] / (prompts * plan.align.prompt_tokens)
-    return Decode(np.broadcast_to(step, counts.shape), float(held), float(prefill))
+    return (_trainers_code if plan.gpu.kind == "cpu" else _serving)(plan, device, counts)
+
+
+def _serving(plan: Plan, device: Device, counts: Array) -> Decode:
+    """A serving engine on GPUs: fused kernels in graphs."""
+    own, prompt, tp = columns([plan]), float(plan.align.prompt_tokens), plan.align.engine_tp
+    own.tp, own.cp, own.ep, own.etp, own.compiled, own.graphs = float(tp), 1.0, 1.0, 1.0, np.array([True]), np.array([True])
+    own.micro_batch, own.seq_len = max(1.0, CHUNK / prompt), prompt
+    host = (HOST + BLOCK * plan.model.layers) * (SLOWER if plan.gpu.name in GRACE else 1.0)
+    step = host + _links(plan, device, counts) + _weights(plan, device, counts)
+    held = cached(plan) / tp / (KEYS * device["bandwidth.attention.forward"][0])
+    return Decode(step, float(held), float(passed(own, device)[0] / (own.micro_batch * prompt)))
+
+
+def _trainers_code(plan: Plan, device: Device, counts: Array) -> Decode:
+    """Ranks that run the trainer's forward pass on a token of each completion, all prompts at once."""
+    own, prompt, model = columns([plan]), float(plan.align.prompt_tokens), plan.model
+    own.tp, own.crowd, own.micro_batch, own.seq_len = float(plan.align.engine_tp), crowd(plan, True), np.maximum(counts, 1.0), 1.0
+    step = passed(own, device)
+    read = cached(plan) / plan.align.engine_tp / device["bandwidth.attention.forward"][0]
+    flops = 2 * model.layers * (query_width(model) + value_width(model)) / device["rate.attention.forward"][0]
+    own.micro_batch, own.seq_len = float(plan.align.slots), prompt
+    return Decode(step, float(own.crowd * (read + flops)), float(passed(own, device)[0] / (plan.align.slots * prompt)))
 
 
 def _weights(plan: Plan, device: Device, counts: Array) -> Array:
