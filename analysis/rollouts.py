@@ -86,7 +86,7 @@ def _plan(model: str, gpus: str, placement: str, lengths: str, batch: str, note:
     name = next((option for pattern, option in MODELS if re.search(pattern, model, re.IGNORECASE)), None)
     if name is None:
         raise Unplayable(f"model={model} is not in conf/model")
-    gpu, cluster = part_of({"gpu": f"{gpus} {note}"})
+    gpu, cluster = part_of({"gpu": f"{gpus} {note}".strip()})
     count, drawn = _number(r"(\d+)", gpus, "gpus"), _number(r"G-GBS ([\d,]+)", batch, "its batch")
     longest, mean = _number(r"max ([\d,]+)", lengths, "its longest length"), _number(r"avg ([\d,]+)", lengths, "its average length")
     trained, group = _number(r"T-GBS ([\d,]+)", batch, "its training batch"), 32 if drawn >= LARGE else 16

@@ -32,7 +32,7 @@ from sim.roles import Held, critic, roles
 from sim.rollout import FEW, Completion, Decode, Engine, crowd, decode, lengths
 from sim.sync import Sync, sync
 
-MEASURED = 8  # batches that are measured
+MEASURED = 8  # least batches that are measured: whole rounds, for those that may run ahead of training come lag + 1 at a time
 PAGED = 4e9  # B/s of a device to pageable memory of its host and back, freshly allocated every time
 BUFFER = 2  # batches that a discarding queue holds for each step of staleness, as NeMo-RL's
 THOUSAND = 1000
@@ -115,8 +115,8 @@ class Job:
         align = plan.align
         self.size = align.prompts * align.group
         self.warm = min(align.steps - 1, 2 + align.lag if align.lag else 0)
-        self.batches = min(align.steps, self.warm + MEASURED)
-        self.version = self.begun = self.trained = self.discarded = 0
+        self.batches = min(align.steps, self.warm + -(-MEASURED // (align.lag + 1)) * (align.lag + 1))
+        self.version = self.begun = self.taken = self.trained = self.discarded = 0
         self.queue: deque[Completion] = deque()
         self.stale: list[int] = []
         self.tokens = 0
@@ -144,7 +144,7 @@ class Job:
         align = self.plan.align
         if align.placement != "async" or align.stale == "pace":
             return batch <= self.version + align.lag
-        return self.begun - self.trained - self.discarded < max(1, BUFFER * align.lag) * self.size
+        return self.begun - self.taken - self.discarded < max(1, BUFFER * align.lag) * self.size
 
     def _release(self) -> None:
         """Samples that may begin go to the engine with the fewest, as long as any has a free slot."""
@@ -184,7 +184,7 @@ class Job:
         else:
             taken = [one for one in self.queue if one.batch == self.version]
             left = [one for one in self.queue if one.batch != self.version]
-        self.queue = deque(left)
+        self.queue, self.taken = deque(left), self.taken + len(taken)
         return taken
 
     def _spend(self, state: str, seconds: float) -> Course[None]:

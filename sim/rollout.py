@@ -107,6 +107,15 @@ def _weights(plan: Plan, device: Device, counts: Array) -> Array:
     read = layers_parameters(model) + embedding_parameters(model) + routed_parameters(model) * touched / device["grouped"]
     memory = width(plan) * read / tp / device["bandwidth.matmul.forward"]
     arithmetic = 2 * matmul_parameters(model) * counts / tp / device["rate.matmul.forward"]
+    return knee(memory, arithmetic)
+
+
+def knee(memory: Array, arithmetic: Array) -> Array:
+    """Seconds of matrix products that would take so long for their weights alone, or for their arithmetic alone.
+
+    >>> float(knee(np.array(0.0), np.array(2.0)))
+    2.0
+    """
     return np.asarray((memory**KNEE + arithmetic**KNEE) ** (1 / KNEE))
 
 
