@@ -156,10 +156,9 @@ def test_colocated_is_the_sum_of_its_parts():
 
 def test_running_ahead_pays_where_generation_is_long_and_not_where_trainers_are_few():
     long, short = ("align.mean_tokens=1000", "align.rollout_share=0.25"), ("align.mean_tokens=50", "align.rollout_share=0.75")
+    placements = ("colocated", "disaggregated", "async")
     for words, wins in ((long, True), (short, False)):
-        together, apart, ahead = (
-            live(plan_of(f"align.placement={name}", *words)).step_time for name in ("colocated", "disaggregated", "async")
-        )
+        together, apart, ahead = (live(plan_of(f"align.placement={name}", *words)).step_time for name in placements)
         assert ahead < apart and (ahead < together) == wins
 
 
@@ -233,8 +232,8 @@ def test_roles_hold_what_they_must():
 
 
 def test_preferences_are_an_update_and_the_references_pass():
-    base = ["experiment=llama3_8b_grpo", "align=dpo", "align.data=null", "align.prompts=96", "train.global_batch=192", "align.micro_batch=2",
-            "align.reward=gsm8k"]  # fmt: skip
+    base = ["experiment=llama3_8b_grpo", "align=dpo", "align.data=null", "align.prompts=96", "align.micro_batch=2",
+            "train.global_batch=192"]  # fmt: skip
     by = {name: align(load([*base, *words])) for name, words in {
         "model": (), "asked once": ("align.reference=precomputed",), "apart": ("align.placement=split_ref", "align.score_share=0.25"),
         "off": ("align.tune=lora", "align.reference=adapter_off")}.items()}  # fmt: skip

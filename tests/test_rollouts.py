@@ -35,8 +35,9 @@ def test_a_row_becomes_a_plan():
 
 @pytest.mark.parametrize(("change", "reason"), [
     ({"algo": "DAPO"}, "how often is not said"), ({"algo": "PPO"}, "software does is not known"), ({"seq lens": ""}, "longest length"),
-    ({"seq lens": "max 4,096"}, "average length is not said"), ({"batch": "64"}, "its batch is not said"), ({"model sizes": "9B"}, "model=9B"),
-    ({"note": "H100 BF16"}, "mesh of gen is not said"), ({"note": NOTE.replace("H100", "X1")}, "gpu=16 X1"), ({"metric": "reward"}, "metric=reward"),
+    ({"seq lens": "max 4,096"}, "average length is not said"), ({"batch": "64"}, "its batch is not said"),
+    ({"model sizes": "9B"}, "model=9B"), ({"note": "H100 BF16"}, "mesh of gen is not said"),
+    ({"note": NOTE.replace("H100", "X1")}, "gpu=16 X1"), ({"metric": "reward"}, "metric=reward"),
 ])  # fmt: skip
 def test_a_row_that_does_not_say_enough_says_what_is_missing(change, reason):
     with pytest.raises(Unplayable, match=reason):
