@@ -24,6 +24,7 @@ from sim.lives import clocked, others
 from sim.memory import PARTS
 from sim.pace import pace
 from sim.parallel import block_work, columns
+from sim.roles import misfits
 from sim.room import line, verdict
 from sim.story import tell
 from sim.summary import spread, summary
@@ -101,6 +102,8 @@ def main(args: list[str]) -> int:
     fits = verdict(plan)
     if not fits["fits"]:
         print(line(plan, fits), file=sys.stderr)
+    for said in misfits(plan):
+        print(said, file=sys.stderr)
     again = [f"plan={options['plan']}"] * bool(options["plan"]) + overrides
     beyond = outside(plan, [work for stage in ("forward", "backward") for work in block_work(columns([plan]), stage)])
     told |= {"outside_calibration": beyond} if beyond else {}

@@ -14,7 +14,7 @@ spread evenly over the run. Failures are left out, as in fine-tuning.
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush, heapreplace
 from typing import NamedTuple
@@ -100,7 +100,7 @@ class Lived:
     discarded: int
     flying: int  # begun and neither trained nor discarded
     preempted: int = 0
-    generators: int = field(default=0)
+    generators: int = 0  # ranks
 
     @property
     def step_time(self) -> float:

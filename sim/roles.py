@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from conf.arithmetic import adapter_parameters, block_parameters, embedding_parameters, parameters
 from conf.plan import Plan
+from conf.units import show
 from sim.memory import held, memory
 from sim.parallel import columns
 from sim.rollout import cached, width
@@ -40,8 +41,38 @@ def roles(plan: Plan, twin: Plan) -> Held:
     weights = width(plan) * parameters(plan.model) / tp + FP32 * align.slots * plan.model.vocab / tp + shared
     most = max(0.0, room(plan) - weights) * tp / cached(plan)
     cache = min(most, align.slots * align.longest) * cached(plan) / tp
-    also = 0.0 if align.apart else shared and width(plan) * parameters(plan.model) / tp
-    return Held(trainer + also, weights + cache, scorer, most, kept)
+    beside = width(plan) * parameters(plan.model) / tp if shared else 0.0  # the engine's weights stay too
+    return Held(trainer + beside, weights + cache, scorer, most, kept)
+
+
+def misfits(plan: Plan) -> list[str]:
+    """A line for each role that does not fit its devices: what it needs, what there is, what would help."""
+    align = plan.align
+    if align.method == "none":
+        return []
+    told, there = roles(plan, plan.aligned), room(plan)
+    where = f"of {show(there, 'B')} usable on each {plan.gpu.name}"
+    fewer = [] if align.adapters else ["align.tune=lora"]
+    less = [*(["train.recompute=full"] if plan.train.recompute != "full" else []), *fewer, "a mesh that cuts more, as mesh.tp=8"]
+    lines = []
+    if told.trainer > there:
+        lines.append(f"alignment does not fit: training needs {show(told.trainer, 'B')} {where}; set {' or '.join(less)}")
+    if told.scorer > there:
+        lines.append(f"alignment does not fit: scoring needs {show(told.scorer, 'B')} {where}; set align.micro_batch lower")
+    if align.rollouts and told.room < align.longest:
+        have = f"beside its weights a generator has room for {told.room:,.0f} tokens {where}, and a completion with its prompt may have"
+        lines.append(f"alignment does not fit: {have} {align.longest:,}; set {_roomier(plan)}")
+    return lines
+
+
+def _roomier(plan: Plan) -> str:
+    """What leaves room for a completion: more ranks an engine, or the devices to itself."""
+    count = len(plan.roles.generators)
+    for tp in (size for size in range(plan.align.engine_tp + 1, count + 1) if count % size == 0):
+        wider = plan.but(**{"align.engine_tp": tp})
+        if roles(wider, wider.aligned).room >= plan.align.longest:
+            return f"align.engine_tp={tp}"
+    return "more servers" if plan.align.offload or plan.align.apart else "align.offload=true"
 
 
 def critic(plan: Plan) -> bool:

@@ -19,7 +19,9 @@ from conf.record import QUANTITIES
 from conf.schema import keys
 from conf.sweep import bare, deal, varied
 from conf.units import show
+from sim.align import align
 from sim.expect import expected
+from sim.finetune import finetune
 from sim.pace import paces
 
 Row: TypeAlias = dict[str, Any]  # point, the varied overrides, plan, then quantities; or problem
@@ -83,6 +85,7 @@ def closed(points: Sequence[list[str]], base: str) -> list[Row]:
         if "problem" not in row:
             plan, pace = next(good)
             row |= {"plan": plan.id} | expected(plan, pace)
+            row |= {f"{stage.__name__}.{name}": value for stage in (finetune, align) for name, value in stage(plan).items()}
     return rows
 
 

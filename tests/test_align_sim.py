@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.arithmetic import adapter_parameters, parameters
-from conf.program import load
+from conf.program import load, vary
 from sim.align import align, live, parts
 from sim.kernels import rates
 from sim.memory import memory
 from sim.parallel import columns
-from sim.roles import roles
+from sim.roles import misfits, roles
 from sim.rollout import Completion, Decode, Engine, cached, knee, lengths
 from sim.sync import CHANGED, PLACE, sync
 from tests.conftest import SHARED
@@ -25,8 +25,13 @@ GRPO = ["experiment=llama3_8b_grpo", "align.prompts=24", "align.group=8", "align
 SERVING = SHARED / "data" / "serving"
 
 
+BASE = load(GRPO)
+
+
 def plan_of(*words):
-    return load([*GRPO, *words])
+    """The plan with other values; composed anew only for other groups."""
+    pairs = dict(word.split("=", 1) for word in words)
+    return vary(BASE, pairs) if all("." in name for name in pairs) else load([*GRPO, *words])
 
 
 # -- one engine
@@ -119,13 +124,13 @@ def test_lengths_have_the_mean_that_the_plan_expects(mean, sigma):
 PLACED = [("colocated", ""), ("split_ref", ""), ("disaggregated", ""), ("async", "pace"), ("async", "discard")]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(placed=st.sampled_from(PLACED), staleness=st.integers(0, 8), share=st.sampled_from([0.25, 0.5, 0.75]), partial=st.booleans(),
        sigma=st.sampled_from([0.0, 0.5, 1.0]), slots=st.sampled_from([4, 64]), mean=st.sampled_from([100, 1000]))  # fmt: skip
 def test_nothing_is_lost_and_nothing_is_older_than_the_bound(placed, staleness, share, partial, sigma, slots, mean):
     placement, stale = placed
     plan = plan_of(f"align.placement={placement}", f"align.staleness={staleness}", f"align.rollout_share={share}", "align.score_share=0.25",
-                   f"align.partial={partial}", f"align.sigma={sigma}", f"align.slots={slots}", f"align.mean_tokens={mean}",
+                   f"align.partial={str(partial).lower()}", f"align.sigma={sigma}", f"align.slots={slots}", f"align.mean_tokens={mean}",
                    *([f"align.stale={stale}"] if stale else []))  # fmt: skip
     lived = live(plan)
     assert lived.made == lived.trained + lived.discarded + lived.flying
@@ -231,6 +236,16 @@ def test_roles_hold_what_they_must():
     assert roles(lora, lora.aligned).trainer < held.trainer and roles(lora, lora.aligned).scorer == 0
 
 
+def test_what_does_not_fit_is_said_with_what_would(foretold):
+    assert misfits(plan_of()) == []
+    large = ("model=llama3_70b", "align.placement=async", "align.tune=lora", "align.reference=adapter_off")
+    (line,) = misfits(plan_of(*large))
+    assert "a generator has room for 0 tokens of 80.7 GB usable on each h100-sxm" in line
+    assert line.endswith("set align.engine_tp=2") and misfits(plan_of(*large, "align.engine_tp=2")) == []
+    status, _, err = foretold("sim", *GRPO, "model=llama3_70b", "align.engine_tp=8", "json=true")
+    assert status == 0 and "alignment does not fit: training needs" in err and "align.tune=lora or a mesh that cuts more" in err
+
+
 def test_preferences_are_an_update_and_the_references_pass():
     base = ["experiment=llama3_8b_grpo", "align=dpo", "align.data=null", "align.prompts=96", "align.micro_batch=2",
             "train.global_batch=192"]  # fmt: skip
@@ -262,11 +277,11 @@ def test_the_stage_is_told_and_costs_nothing_when_it_is_off(foretold):
 
 
 def test_a_sweep_shows_the_stage_that_it_varies(foretold, tmp_path):
-    status, out, _ = foretold("sim", "-m", *GRPO, "align.placement=colocated,async", "align.rollout_share=0.25,0.5")
+    status, out, _ = foretold("sim", "-m", *GRPO, "align.placement=async", "align.rollout_share=0.25,0.5")
     assert status == 0 and "generator utilisation" in out.splitlines()[0] and "mfu" not in out.splitlines()[0]
     (line,) = (line for line in out.splitlines() if line.startswith("table: "))
     frame = pd.read_parquet(line.removeprefix("table: "))
-    assert len(frame) == 4 and frame["align.step_time"].nunique() == 3  # colocated has no share
+    assert len(frame) == 2 and frame["align.step_time"].nunique() == 2
     assert foretold("analysis", "sweep", "out=picture.png")[0] == 0 and (tmp_path / "picture.png").is_file()
 
 
