@@ -33,7 +33,7 @@ from sim.rollout import FEW, Completion, Decode, Engine, crowd, decode, lengths
 from sim.sync import Sync, sync
 
 MEASURED = 8  # least batches that are measured: whole rounds, for those that may run ahead of training come lag + 1 at a time
-PAGED = 4e9  # B/s of a device to pageable memory of its host and back, freshly allocated every time
+PAGED = 3.7e9  # B/s of a device to and from pageable memory of its host (NeMo-RL v0.5's steps, LOG.md, 2026-11-30)
 BUFFER = 2  # batches that a discarding queue holds for each step of staleness, as NeMo-RL's
 THOUSAND = 1000
 

@@ -3,8 +3,8 @@
 A lift that stops only where someone gets in or out: between two stops all ride on together, so an engine's clock jumps from the end of
 one completion to that of the next.
 
-    step of n completions that hold k tokens = host + links(n) + (b^s + f^s)^(1/s) + k × keys,
-    b = bytes of the weights that n tokens touch / bandwidth,   f = their FLOPs / rate,   keys = bytes of a token's cache / bandwidth
+    step of n completions that hold k tokens = host + links(n) + (b^s + f^s)^(1/s) + k × held,
+    b = bytes of the weights that n tokens touch / bandwidth,   f = their FLOPs / rate,   held = bytes of a token's cache / bandwidth
 
 the roofline (Williams et al. 2009) with a soft knee. A CPU rank runs the trainer's own code instead (real/rollout.py), one operation
 after the other. New completions are prefilled before the next step, all in a row. Where the cache is full, the youngest gives way and
@@ -30,11 +30,12 @@ from sim.kernels import Array, Device, rates
 from sim.network import Network
 from sim.parallel import columns, passed
 
-KNEE = 1.7  # s of the knee; of matrix products of 1 to 4,096 tokens, H100 and A100 alike, within 10% and 7% (vidur's profiles)
-HOST = 1.2e-3  # s that an engine's host takes between two steps: scheduling, sampling, texts
-BLOCK = 40e-6  # s that it takes in a block, whose attention is launched between the graphs of the rest
-GRACE, SLOWER = ("gb200", "gb300", "gh200"), 4.5  # devices whose host is a Grace, and how much longer that takes
-KEYS = 0.53  # share of the memory's rate at which attention reads a cache, over that of other kernels
+# Sharpness s of the knee: of matrix products of 1 to 4,096 tokens with the rates of conf/gpu, H100 and A100 alike, mean errors of 10 and 7%
+# (vidur's profiles). The next three are fitted to the steps of NeMo-RL v0.5 (LOG.md, 2026-11-30).
+KNEE = 1.7
+HOST = 0.9e-3  # s that an engine's host takes between two steps: scheduling, sampling, texts
+BLOCK = 50e-6  # s that it takes in a block, whose attention is launched between the graphs of the rest
+KEYS = 0.53  # rate at which attention reads a cache over that at which other kernels read
 CHUNK = 8192  # tokens that are prefilled at once, vLLM's max_num_batched_tokens
 FEW = 0.1  # share of its slots below which an engine is in the tail
 WIDTHS = {"fp32": 4, "fp8": 1, "fp4": 0.5}  # bytes of a weight; 2 in other precisions
@@ -81,8 +82,7 @@ def _serving(plan: Plan, device: Device, counts: Array) -> Decode:
     own, prompt, tp = columns([plan]), float(plan.align.prompt_tokens), plan.align.engine_tp
     own.tp, own.cp, own.ep, own.etp, own.compiled, own.graphs = float(tp), 1.0, 1.0, 1.0, np.array([True]), np.array([True])
     own.micro_batch, own.seq_len = max(1.0, CHUNK / prompt), prompt
-    host = (HOST + BLOCK * plan.model.layers) * (SLOWER if plan.gpu.name in GRACE else 1.0)
-    step = host + _links(plan, device, counts) + _weights(plan, device, counts)
+    step = HOST + BLOCK * plan.model.layers + _links(plan, device, counts) + _weights(plan, device, counts)
     held = cached(plan) / tp / (KEYS * device["bandwidth.attention.forward"][0])
     return Decode(step, float(held), float(passed(own, device)[0] / (own.micro_batch * prompt)))
 

@@ -21,7 +21,9 @@ from sim.roles import trained
 
 CHANGED = 0.02  # share of numbers in half precision that an update changes: 1 to 3% (verl's delta checkpoint engine, its documentation)
 PLACE = 4  # bytes of where it stands
-REACHED = 0.15  # share of the links' rate at which frameworks move weights (gathering, casting and loading beside sending)
+REACHED = (
+    0.24  # of the links' rate that moving weights reaches, with gathering, casting and loading (NeMo-RL v0.5's steps, LOG.md, 2026-11-30)
+)
 
 
 class Sync(NamedTuple):

@@ -180,6 +180,15 @@ def test_interrupting_beats_draining_where_the_tail_is_long():
     assert interrupted.step_time < drained.step_time
 
 
+def test_ranks_that_share_cores_gain_nothing_by_working_at_once():
+    """Four ranks on two cores: in step each role has the cores to itself, ahead of it they take turns."""
+    laptop = load(["align=grpo", "cluster.gpus_per_node=4", "cluster.cores_per_node=2", "train.global_batch=8", "align.prompts=32"])
+    apart, ahead = (live(laptop.but(**{"align.placement": placement})).step_time for placement in ("disaggregated", "async"))
+    assert ahead == pytest.approx(apart, rel=0.05)
+    roomy = [laptop.but(**{"align.placement": placement, "cluster.cores_per_node": 4}) for placement in ("disaggregated", "async")]
+    assert live(roomy[1]).step_time < 0.8 * live(roomy[0]).step_time
+
+
 def test_an_even_tail_is_no_tail():
     assert live(plan_of("align.sigma=0")).tail == 0 < live(plan_of("align.sigma=1")).tail
 
