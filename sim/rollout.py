@@ -31,10 +31,11 @@ from sim.network import Network
 from sim.parallel import columns, passed
 
 # Sharpness s of the knee: of matrix products of 1 to 4,096 tokens with the rates of conf/gpu, H100 and A100 alike, mean errors of 10 and 7%
-# (vidur's profiles). The next three are fitted to the steps of NeMo-RL v0.5 (LOG.md, 2026-11-30).
+# (vidur's profiles). The next four are fitted to the steps of NeMo-RL v0.5 (LOG.md, 2026-11-30).
 KNEE = 1.7
 HOST = 0.9e-3  # s that an engine's host takes between two steps: scheduling, sampling, texts
 BLOCK = 50e-6  # s that it takes in a block, whose attention is launched between the graphs of the rest
+GRACE, SLOWER = ("gb200", "gb300", "gh200"), 2.5  # devices whose host is a Grace, and how much longer both take there
 KEYS = 0.53  # rate at which attention reads a cache over that at which other kernels read
 CHUNK = 8192  # tokens that are prefilled at once, vLLM's max_num_batched_tokens
 FEW = 0.1  # share of its slots below which an engine is in the tail
@@ -82,7 +83,8 @@ def _serving(plan: Plan, device: Device, counts: Array) -> Decode:
     own, prompt, tp = columns([plan]), float(plan.align.prompt_tokens), plan.align.engine_tp
     own.tp, own.cp, own.ep, own.etp, own.compiled, own.graphs = float(tp), 1.0, 1.0, 1.0, np.array([True]), np.array([True])
     own.micro_batch, own.seq_len = max(1.0, CHUNK / prompt), prompt
-    step = HOST + BLOCK * plan.model.layers + _links(plan, device, counts) + _weights(plan, device, counts)
+    host = (HOST + BLOCK * plan.model.layers) * (SLOWER if plan.gpu.name in GRACE else 1.0)
+    step = host + _links(plan, device, counts) + _weights(plan, device, counts)
     held = cached(plan) / tp / (KEYS * device["bandwidth.attention.forward"][0])
     return Decode(step, float(held), float(passed(own, device)[0] / (own.micro_batch * prompt)))
 
