@@ -16,7 +16,10 @@ OPTIONS = {
     "runs": ("runs", "folder of the records"),
     "out": ("", "picture to write; empty = sweep.png beside the table"),
 }
-PANELS = {"pretrain.mfu": (1.0, "MFU"), "run.tokens": (1e12, "tokens [T]"), "run.wall_clock": (86400.0, "wall clock [d]"),
+PANELS = {"align.step_time": (1.0, "step of alignment [s]"), "align.tokens_per_s_per_gpu": (1.0, "tokens a second and device"),
+          "align.generator_utilisation": (1.0, "use of generators"), "align.trainer_utilisation": (1.0, "use of trainers"),
+          "align.cost_per_thousand": (1.0, "cost of a thousand steps [USD]"), "align.peak_memory": (1e9, "memory of alignment [GB]"),
+          "pretrain.mfu": (1.0, "MFU"), "run.tokens": (1e12, "tokens [T]"), "run.wall_clock": (86400.0, "wall clock [d]"),
           "run.cost": (1e6, "cost [million USD]"), "run.carbon_location": (1e6, "carbon [tCO2e]"),
           "pretrain.peak_memory": (1e9, "memory a device [GB]")}  # fmt: skip
 FLAT = 1e-3  # relative change below which a quantity is the same everywhere

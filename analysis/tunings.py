@@ -3,7 +3,7 @@
 What a row does not say follows from whose it is: MLPerf's submitters choose the quickest mesh that fits, on Megatron's kernels in fp8 where
 the device has it; Qwen's scripts (transformers, DeepSpeed) and prime-rl (FSDP2) recompute everything; torchtune recomputes and compiles.
 Power is that of the meter that tells pre-training's, over the run's steps and evaluations; energy is this power for the predicted time.
-Reinforcement learning is not predicted yet, nor is training in bf16 throughout, which no plan says.
+Training in bf16 throughout is not predicted, which no plan says. Steps of reinforcement learning are in rollouts.py.
 """
 
 import re
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import mlperf, nodes
+from analysis.rollouts import Rolled, rolled
 from analysis.rows import Replayed, Unplayable, each, part_of, tabled, word
 from conf.arithmetic import flops_per_token, parameters
 from conf.plan import Plan
@@ -35,6 +36,7 @@ MODELS = (
     (r"qwen-72b", ["llama2_70b", "model.kv_heads=64", "model.ffn=24576", "model.vocab=152064"]),
 )  # fmt: skip
 ATTENTION, GATES = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj")
+GENERATION = 0.15  # standard deviation that rollouts add to the logarithm of a step's error
 GIB, GB, KWH = 2**30, 1e9, 3.6e6
 
 
@@ -127,14 +129,19 @@ SCORED = {*METRICS, "step_time_s", "gen_s", "tokens/s/GPU"}
 def scored(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of quantities that are predicted at all, by the source's family."""
     kept = frame[frame["metric"].isin(SCORED)]
-    return kept.assign(row=kept.index, group=kept["source"].astype(str).str.split(r"[/ ]", n=2, regex=True).str[:2].str.join("/"))
+    family = kept["source"].astype(str).str.split(r"[/ ]", n=2, regex=True).str[:2].str.join("/")
+    notes = kept["note"].astype(str) if "note" in kept else pd.Series("", kept.index)
+    release = notes.str.extract(r"NeMo RL( v\S+)")[0].fillna("")  # constants were fitted to one of them
+    return kept.assign(row=kept.index, group=family + release)
 
 
 def tunings_of(frame: pd.DataFrame) -> Replayed:
     """Every row that names a fine-tuning of a known model on known GPUs."""
     known: dict[Any, Tuned] = {}
 
-    def of(row: Mapping[str, Any]) -> tuple[Tuned, float, float]:
+    def of(row: Mapping[str, Any]) -> tuple[Tuned | Rolled, float, float]:
+        if word(row, "placement") not in ("trainer", "trainer only"):
+            return rolled(row)
         method, maker = _method(row), _maker(row)
         said = tuple(word(row, name) for name in ("model sizes", "gpus", "seq lens", "batch"))
         key = (maker, method, _rank(row, maker), said, _servers(row), nodes.seen(word(row, "source")))
@@ -151,22 +158,28 @@ def tunings_of(frame: pd.DataFrame) -> Replayed:
 
     found, failed = each(frame, of)
     rows = list(found.values())
-    classes = [f"{frame['metric'][index]} {tuned.plan.finetune.method}" for index, (tuned, _, _) in found.items()]
-    kinds = [_kind(frame["metric"][index]) for index in found]
-    spread = [{"power": nodes.SPREAD, "energy": hypot(nodes.SPREAD, row[0].step.error)}.get(kind, row[0].step.error)
-              for row, kind in zip(rows, kinds, strict=True)]  # fmt: skip
+    classes = [f"{frame['metric'][index]} {one.plan.finetune.method} {one.plan.align.method}" for index, (one, _, _) in found.items()]
+    kinds = [_kind(one, word(frame.loc[index], "metric")) for index, (one, _, _) in found.items()]
+    spread = [_spread(row[0], kind) for row, kind in zip(rows, kinds, strict=True)]
     return Replayed(tabled(list(found), [row[1] for row in rows], spread, [row[2] for row in rows], classes, kinds), failed)
 
 
-def _kind(metric: str) -> str:
+def _kind(one: Tuned | Rolled, metric: str) -> str:
     """What a metric measures."""
+    if isinstance(one, Rolled):
+        return "rollouts, mixture" if one.plan.model.moe.experts else "rollouts, dense"
     return {"mean_node_W": "power", "energy_kWh_per_run": "energy"}.get(metric, "memory" if re.search("GB|GiB", metric) else "time")
+
+
+def _spread(one: Tuned | Rolled, kind: str) -> float:
+    """Standard deviation of the logarithm of a prediction's error."""
+    if isinstance(one, Rolled):
+        return hypot(one.lived.parts.step.error, GENERATION)
+    return {"power": nodes.SPREAD, "energy": hypot(nodes.SPREAD, one.step.error)}.get(kind, one.step.error)
 
 
 def _method(row: Mapping[str, Any]) -> str:
     said = word(row, "algo").lower()
-    if word(row, "placement") not in ("trainer", "trainer only"):
-        raise Unplayable("a reinforcement learning's step is not predicted yet")
     if "emb" in said:
         raise Unplayable("embedding and head are trained beside the adapters: no plan says that")
     if "q-lora" in said or "qlora" in said:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 from typing import Any, Optional
 
@@ -129,6 +129,15 @@ class Cluster(Node):
     @property
     def pod_ranks(self) -> int:
         return (self.pod_nodes or self.nodes) * self.gpus_per_node
+
+    def part(self, count: int) -> "Cluster":
+        """The machines of so many of its ranks: whole servers, or equal parts of them where whole ones do not divide."""
+        if count == self.ranks:
+            return self
+        each = count if self.nodes == 1 else gcd(count, self.gpus_per_node)
+        return dataclasses.replace(
+            self, nodes=count // each, gpus_per_node=each, domain=self.domain if self.nodes == 1 else self.domain_ranks
+        )
 
 
 @dataclass(kw_only=True)
@@ -727,7 +736,7 @@ class Plan(Node):
         if count != self.ranks:
             shards = max(1, count // (mesh.cp * mesh.tp * mesh.pp))
             mesh = dataclasses.replace(mesh, dp_replicate=1, dp_shard=shards)
-        cluster = dataclasses.replace(self.cluster, nodes=1, gpus_per_node=count) if self.cluster.nodes == 1 else self.cluster
+        cluster = self.cluster.part(count)
         method = "lora" if align.adapters else "full"
         tune = dataclasses.replace(self.finetune, method=method, rank=align.rank, alpha=align.alpha, targets=align.targets)
         train, failures = dataclasses.replace(self.train, **said), dataclasses.replace(self.failures, script=[])

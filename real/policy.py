@@ -35,6 +35,10 @@ class Source(Protocol):
 
     held_out: int  # prompts that are never trained on
 
+    @property
+    def discarded(self) -> float:
+        """Share of completions that were thrown away."""
+
     def take(self, step: int) -> list[Judged]:
         """The batch of a step, in the order of prompts, on every trainer."""
 
@@ -166,7 +170,9 @@ class Policy(Alignment):
         told = {"loss": float(np.mean([loss for loss, _ in losses])), "gradient_norm": max(norm for _, norm in losses),
                 "reward": float(sound.mean()) if len(sound) else math.nan, "completion_tokens": float(lengths.mean()),
                 "clipped": clipped / max(1.0, tokens), "failed": float(len(reward) - len(sound)),
-                "staleness": float(max(step - judged.born for judged in found)), "tokens": float(lengths.sum()),
+                "staleness": float(max(step - judged.born for judged in found)),
+                "staleness_mean": float(np.mean([step - judged.born for judged in found])),
+                "discarded": self.source.discarded, "tokens": float(sum(map(_length, found))),
                 "sync_bytes": float(moved.bytes), "sync_seconds": moved.seconds}  # fmt: skip
         told |= {"kl": kl} if self.held else {}
         told |= {"value_loss": float(np.mean(values))} if values else {}
@@ -219,6 +225,10 @@ class Here:
         self.wanted = [(number // align.group, number % align.group) for number in range(align.sequences)]
         self.index, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
+    @property
+    def discarded(self) -> float:
+        return 0.0
+
     def take(self, step: int) -> list[Judged]:
         first = step * self.trainer.align.prompts
         return self.ask([(first + prompt, number) for prompt, number in self.wanted])
@@ -261,6 +271,10 @@ class Apart:
         folder = trainer.start.folder / "tokens"
         self.held_out = len(prompts.read(digits.align_of(plan, folder), folder / "tokenizer.json").held_out)
         self.recalled = False
+
+    @property
+    def discarded(self) -> float:
+        return self.pool.discarded / max(1, self.pool.group * len(self.pool.used))
 
     def take(self, step: int) -> list[Judged]:
         return self._given(lambda: self._batch(step))
@@ -358,3 +372,8 @@ class Apart:
 def in_order(found: Iterable[Judged], wanted: Sequence[Wanted]) -> list[Judged]:
     held = {(judged.sample.request.prompt, judged.sample.request.number): judged for judged in found}
     return [held[one] for one in wanted]
+
+
+def _length(judged: Judged) -> int:
+    """Tokens of prompt and completion."""
+    return len(judged.sample.request.ids) + len(judged.sample.tokens)

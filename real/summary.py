@@ -34,6 +34,10 @@ def summary(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
     return told
 
 
+TRAINING = ("data", "compute", "communication", "bubble", "optimizer")  # states of updates with what belongs to them
+PARTS = {"generate": ("generate",), "score": ("score",), "logprob": ("logprob",), "train": TRAINING, "sync": ("sync",)}
+
+
 def aligned(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
     """Quantities of an alignment, from its own record: a step's time and tokens, where the ranks' time went, and what was learned."""
     rows = [row for row in ledger if row["stage"] != "run"]
@@ -45,20 +49,49 @@ def aligned(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
     states = state_totals(rows)
     wall = sum(states.values()) / plan.ranks
     told: dict[str, float | Value] = {"seconds": wall, "cost": wall * plan.ranks / 3600 * plan.price.gpu_hours[plan.gpu.name].mid}
-    told |= dict(states)
     if times:
         rate = sum(found["tokens"].values()) / sum(times)
         told |= {"step_time": Value(statistics.median(times), times[len(times) // 10], times[len(times) * 9 // 10]),
-                 "tokens_per_s": rate, "tokens_per_s_per_gpu": rate / plan.ranks}  # fmt: skip
-    told |= {name: max(found[name].values()) for name in ("checkpoint_bytes", "staleness") if found[name]}
-    told |= {name: sum(found[name].values()) for name in ("discarded", "failed") if found[name]}
+                 "tokens_per_s": rate, "tokens_per_s_per_gpu": rate / plan.ranks} | _shares(plan, rows)  # fmt: skip
+    told |= {"checkpoint_bytes": max(found["checkpoint_bytes"].values())} if found["checkpoint_bytes"] else {}
+    told |= {"failed": sum(found["failed"].values())} if found["failed"] else {}
+    if ages := found["staleness"].values():
+        told |= {"staleness_max": max(ages), "staleness_mean": statistics.fmean(found["staleness_mean"].values())}
+        told["discarded"] = max(found["discarded"].values())
     for name in ("held_out_accuracy", "held_out_error", "longer_wins", "held_out_reward"):
         told |= {name: found[name][max(found[name])]} if found[name] else {}
     for name in ("reward", "accuracy", "kl", "completion_tokens", "sync_bytes", "sync_seconds"):  # noise of a step averages out
         told |= {name: statistics.fmean(list(found[name].values())[-10:])} if found[name] else {}
-    peak = [row["value"] for row in rows if row["quantity"] == "peak_memory"]
-    told |= {"peak_memory": max(peak)} if peak else {}
+    for role, ranks in plan.roles._asdict().items():
+        peak = [row["value"] for row in rows if row["quantity"] == "peak_memory" and row["rank"] in ranks]
+        told |= {f"{role.removesuffix('s')}_memory": max(peak)} if peak else {}
     return {f"align.{name}": value for name, value in told.items()}
+
+
+def _shares(plan: Plan, rows: list[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of a step by what was done, means over all ranks, and how much of the time generators and trainers work.
+
+    Of trainers what was booked in steps; of the others, who know no steps, what was booked meanwhile. A trainer's queue is waiting for
+    samples, another rank's is idle.
+    """
+    trainers, generators, _ = plan.roles
+    first = {row["step"]: row["at"] - row["value"] for row in rows if row["quantity"] == "step_time" and row["rank"] == 0}
+    began, ended = min(first.values()), max(row["at"] for row in rows if row["quantity"] == "step_time" and row["rank"] == 0)
+    spent = defaultdict[tuple[str, bool], float](float)
+    for row in rows:
+        trains = row["rank"] in trainers
+        if row["quantity"] in STATES and row["rank"] is not None and (row["step"] is not None if trains else began < row["at"] <= ended):
+            spent[row["quantity"], trains] += row["value"]
+    each = {name: sum(spent[state, who] for state in states for who in (True, False)) for name, states in PARTS.items()}
+    each["queue"] = spent["queue", True]
+    each["idle"] = spent["queue", False] + sum(spent[state, who] for state in ("idle", "load") for who in (True, False))
+    whole = sum(value for (_, trains), value in spent.items() if trains) / len(trainers)
+    works = sum(spent[state, True] for state in (*TRAINING, "logprob", "score"))
+    told = {f"{name}_time": seconds / len(first) / plan.ranks for name, seconds in each.items()}
+    told["trainer_utilisation"] = works / len(trainers) / whole
+    if plan.align.rollouts:
+        told["generator_utilisation"] = (spent["generate", True] + spent["generate", False]) / len(generators) / whole
+    return told
 
 
 def _training(plan: Plan, rows: list[Mapping[str, Any]], events: list[Mapping[str, Any]]) -> dict[str, float | Value]:

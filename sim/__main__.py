@@ -24,6 +24,7 @@ from sim.lives import clocked, others
 from sim.memory import PARTS
 from sim.pace import pace
 from sim.parallel import block_work, columns
+from sim.roles import misfits
 from sim.room import line, verdict
 from sim.story import tell
 from sim.summary import spread, summary
@@ -57,6 +58,11 @@ SHOWN = {
     "a step": ("pretrain.step_time", "pretrain.tokens_per_s", "pretrain.mfu", "pretrain.peak_memory"),
     "fine-tuning": ("finetune.step_time", "finetune.tokens_per_s", "finetune.mfu", "finetune.peak_memory", "finetune.parameters",
                     "finetune.seconds", "finetune.cost", "finetune.energy", "finetune.carbon_location"),
+    "alignment": ("align.step_time", "align.tokens_per_s", "align.tokens_per_s_per_gpu", "align.generate_time", "align.score_time",
+                  "align.logprob_time", "align.train_time", "align.sync_time", "align.queue_time", "align.idle_time",
+                  "align.generator_utilisation", "align.trainer_utilisation", "align.tail", "align.staleness_mean", "align.staleness_max",
+                  "align.discarded", "align.preempted", "align.trainer_memory", "align.generator_memory", "align.scorer_memory",
+                  "align.sync_bytes", "align.sync_seconds", "align.seconds", "align.cost", "align.energy"),
     "the run": (
         "run.wall_clock",
         "run.tokens",
@@ -96,6 +102,8 @@ def main(args: list[str]) -> int:
     fits = verdict(plan)
     if not fits["fits"]:
         print(line(plan, fits), file=sys.stderr)
+    for said in misfits(plan):
+        print(said, file=sys.stderr)
     again = [f"plan={options['plan']}"] * bool(options["plan"]) + overrides
     beyond = outside(plan, [work for stage in ("forward", "backward") for work in block_work(columns([plan]), stage)])
     told |= {"outside_calibration": beyond} if beyond else {}

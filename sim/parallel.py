@@ -206,6 +206,26 @@ def pieces(p: Any, device: Device, network: Network) -> SimpleNamespace:
     )  # fmt: skip
 
 
+def passed(p: Any, device: Device) -> Array:
+    """Seconds of one micro-batch's forward pass through all blocks and the ends on one rank, traffic aside."""
+    spent = _spent(p, device)
+    around = AROUND * device["host"] * ~p.graphs
+    return np.asarray(p.crowd * (p.layers * spent["forward"] + spent["ends.forward"] + around))
+
+
+def forward(plan: Plan, sequences: float) -> float:
+    """Seconds in which a plan's ranks take so many sequences through a forward pass alone, as for log-probabilities: as many
+    micro-batches as they make, and those in which a pipeline fills."""
+    device = Device([rates(plan)])
+    p, network = columns([plan]), Network([plan], device)
+    part = pieces(p, device, network)
+    again = p.recompute_share * p.recompute
+    awaited = np.zeros(1) if p.beside.all() else gathers(p, network, part.layers)
+    each = p.crowd * (part.forward + 0.5 * part.units) + part.traffic / (2 + again) + awaited + np.where(p.pp > 1, part.send, 0.0)
+    count = np.ceil(sequences / (p.dp * p.micro_batch)) + p.pp - 1
+    return float((count * each)[0])
+
+
 def _sends(p: Any, send: Array) -> Array:
     """Waiting for messages in a step: those of the first micro-batch's way through all stages, there and back. The others are
     under way beside compute, but for 1F1B, whose ranks also wait about one message for each micro-batch beyond pp / 2."""

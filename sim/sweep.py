@@ -19,12 +19,17 @@ from conf.record import QUANTITIES
 from conf.schema import keys
 from conf.sweep import bare, deal, varied
 from conf.units import show
+from sim.align import align
 from sim.expect import expected
+from sim.finetune import finetune
 from sim.pace import paces
 
 Row: TypeAlias = dict[str, Any]  # point, the varied overrides, plan, then quantities; or problem
 SHOWN = ("pretrain.step_time", "pretrain.mfu", "pretrain.peak_memory", "run.wall_clock", "run.tokens", "run.ettr", "run.cost",
          "run.carbon_location")  # fmt: skip
+OF_STAGE = {"align": ("align.step_time", "align.tokens_per_s_per_gpu", "align.generator_utilisation", "align.trainer_utilisation",
+                      "align.tail", "align.staleness_mean", "align.trainer_memory", "align.generator_memory", "align.cost_per_thousand"),
+            "finetune": ("finetune.step_time", "finetune.mfu", "finetune.peak_memory", "finetune.seconds", "finetune.cost")}  # fmt: skip
 LINES = 40  # points that are printed; the table file holds all
 
 
@@ -80,6 +85,7 @@ def closed(points: Sequence[list[str]], base: str) -> list[Row]:
         if "problem" not in row:
             plan, pace = next(good)
             row |= {"plan": plan.id} | expected(plan, pace)
+            row |= {f"{stage.__name__}.{name}": value for stage in (finetune, align) for name, value in stage(plan).items()}
     return rows
 
 
@@ -126,8 +132,9 @@ def save(frame: pd.DataFrame, path: Path) -> None:
 def told(frame: pd.DataFrame, names: Sequence[str]) -> str:
     """The table for a person; points that were passed over at its end, once for each problem."""
     good = frame[frame["problem"].isna()]
-    columns = [*names, *(name for name in SHOWN if name in good and good[name].notna().any())]
-    lines = [[name.split(".")[-1].replace("_", " ") if name in SHOWN else name for name in columns]]
+    shown = [name for name in _shown(names) if name in good and good[name].notna().any()]
+    columns = [*names, *shown]
+    lines = [[name.split(".")[-1].replace("_", " ") if name in shown else name for name in columns]]
     lines += [
         [_cell(name, value) for name, value in zip(columns, row, strict=True)] for row in good[columns].head(LINES).itertuples(index=False)
     ]
@@ -143,8 +150,14 @@ def told(frame: pd.DataFrame, names: Sequence[str]) -> str:
     return "\n".join(text)
 
 
+def _shown(names: Sequence[str]) -> Sequence[str]:
+    """Quantities of the stage whose keys alone are varied, or of the run."""
+    varied_stages = {name.partition(".")[0] for name in names}
+    return OF_STAGE.get(varied_stages.pop(), SHOWN) if len(varied_stages) == 1 else SHOWN
+
+
 def _cell(name: str, value: Any) -> str:
-    if name not in SHOWN:
+    if name.partition(".")[2] not in QUANTITIES:
         return str(value)
     unit = QUANTITIES[name.split(".")[1]][0]
     return show(float(value), "1" if unit in ("count", "h") else unit)

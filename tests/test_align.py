@@ -81,7 +81,7 @@ def test_in_step_all_placements_do_the_same(align):
     queued, _ = align(*GRPO, "align.placement=async", "align.staleness=0", ranks=2)
     same(weights(alone), weights(apart))
     same(weights(alone), weights(queued))
-    assert told["align.staleness"] == split["align.staleness"] == 0 and told["align.reward"] == split["align.reward"]
+    assert told["align.staleness_max"] == split["align.staleness_max"] == 0 and told["align.reward"] == split["align.reward"]
     states = {state for row in read(apart, "ledger") if (state := row["quantity"]) in ("generate", "score", "sync", "queue", "compute")}
     assert states == {"generate", "score", "sync", "queue", "compute"}
 
@@ -101,7 +101,7 @@ def test_a_queue_runs_ahead_and_no_further(align, stale, partial):
     words = ["align.placement=async", "align.staleness=2", f"align.stale={stale}", f"align.partial={str(partial).lower()}", "align.steps=6"]
     folder, told = align("align=grpo", *words, ranks=2)
     ages = [row["value"] for row in read(folder, "ledger") if row["quantity"] == "staleness"]
-    assert len(ages) == 6 and max(ages) <= 2 and told["align.staleness"] == max(ages)
+    assert len(ages) == 6 and max(ages) <= 2 and told["align.staleness_max"] == max(ages)
     versions = [json.loads(line)["versions"] for line in (folder / "samples.jsonl").read_text().splitlines() if '"versions"' in line]
     assert all(sorted(one) == one for one in versions)
 
@@ -146,7 +146,7 @@ def test_a_server_elsewhere_generates_and_gets_the_weights(align, base):
         ours, _ = align(*GRPO, "align.placement=disaggregated", ranks=2)
         theirs, told = align(*GRPO, "align.placement=disaggregated", f"align.generator={address}", ranks=2)
         server.stdin.close()
-    assert told["align.staleness"] == 0
+    assert told["align.staleness_max"] == 0
     same(weights(ours), weights(theirs), 1e-4)
     assert "does not answer" in align(*GRPO, "align.placement=disaggregated", f"align.generator={address}", ranks=2, status=2)[2]
 

@@ -85,7 +85,7 @@ def shell(tmp_path: Path) -> dict[str, str]:
     ("words", "text", "offered"),
     [
         ("foretold sim clu", "clu", "compopt -o nospace\ncluster=\ncluster.\n"),
-        ("foretold sim experiment = ll", "ll", "llama2_70b\nllama3_405b\nllama3_405b_full\nllama3_8b\nllama_65b\n"),
+        ("foretold sim experiment = ll", "ll", "llama2_70b\nllama3_405b\nllama3_405b_full\nllama3_8b\nllama3_8b_grpo\nllama_65b\n"),
         ("foretold sim experiment =", "", None),
         ("foretold sim data.path = x", "x", "compopt -o default\n\n"),
     ],

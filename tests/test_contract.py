@@ -14,7 +14,8 @@ HOMES = {"simpy": {"sim"}, "torch": {"real"}, "matplotlib": {"analysis"}, "hydra
 # Modules without a twin; ARCHITECTURE.md says why for each.
 ALONE = {
     "sim": {"story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
-            "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
+            "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money",
+            "align", "rollout", "roles", "sync"},
     "real": {
         "adapters", "archive", "attention", "bigram", "bpe", "buddy", "chats", "contamination", "data", "dry", "engine", "filters", "fp8",
         "frontier", "nf4", "objectives",

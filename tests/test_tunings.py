@@ -32,7 +32,7 @@ def test_rows_are_predicted_or_say_why_not(tmp_path, capsys):
     assert (told["table"], told["rows"], told["predicted"]) == ("alignment", 10, 4)  # a file's size is no row
     assert told["by_kind"]["memory"]["mean_abs_pct"] < 10 and told["by_kind"]["time"]["mean_abs_pct"] < 15
     reasons = " | ".join(entry["reason"] for entry in told["failed"])
-    for part in ("embedding and head are trained", "gpu=x3090 is not in conf/gpu", "reinforcement learning", "software does is not known",
+    for part in ("embedding and head are trained", "gpu=x3090 is not in conf/gpu", "gpu=16 is not in", "software does is not known",
                  "its length is not said", "batch=some is not said in sequences"):  # fmt: skip
         assert part in reasons
 
@@ -58,7 +58,8 @@ def test_energy_is_power_for_the_time_to_train():
 
 @pytest.fixture(scope="module")
 def played():
-    frame = scored(pd.read_csv(TABLE))
+    frame = pd.read_csv(TABLE)
+    frame = scored(frame[~frame["source"].astype(str).str.contains("NeMo")])  # those are in test_rollouts.py
     frame = frame.assign(value=pd.to_numeric(frame["value"], errors="coerce")).dropna(subset=["value"])
     rows = tunings_of(frame).rows.join(frame[[*COLUMNS]])
     return rows.assign(error=rows["predicted"] / rows["value"] - 1)

@@ -1,0 +1,315 @@
+"""Alignment, foretold: engines against hand-made arithmetic, what is conserved, what bounds the age of samples, and roles' memory."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import simpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conf.arithmetic import adapter_parameters, parameters
+from conf.program import load, vary
+from sim.align import align, live, parts
+from sim.kernels import rates
+from sim.memory import memory
+from sim.parallel import columns
+from sim.roles import misfits, roles
+from sim.rollout import Completion, Decode, Engine, cached, knee, lengths
+from sim.sync import CHANGED, PLACE, sync
+from tests.conftest import SHARED
+
+GRPO = ["experiment=llama3_8b_grpo", "align.prompts=24", "align.group=8", "align.updates=1", "align.steps=40", "train.global_batch=192"]
+SERVING = SHARED / "data" / "serving"
+
+
+BASE = load(GRPO)
+
+
+def plan_of(*words):
+    """The plan with other values; composed anew only for other groups."""
+    pairs = dict(word.split("=", 1) for word in words)
+    return vary(BASE, pairs) if all("." in name for name in pairs) else load([*GRPO, *words])
+
+
+# -- one engine
+
+
+WORK = Decode(step=np.array([0.0, 0.10, 0.11, 0.13, 0.16]), held=1e-4, prefill=1e-3)
+
+
+def served(lengths_, slots=4, room=1e9, prompt=10, work=WORK):
+    """One engine that is given completions of these lengths at once: when it is done, in which order, and itself."""
+    env, done = simpy.Environment(), []
+    settings_ = load(["align=grpo", "align.data=README.md"], rules=lambda _: []).align.but(slots=slots, prompt_tokens=prompt)
+    engine = Engine(env, settings_, work, room, 0.0, lambda: 0, lambda one: done.append((one.length, float(env.now))))
+    for length in lengths_:
+        engine.take(Completion(0, length))
+    env.run()
+    return done, engine
+
+
+def steps(count, riders, tokens):
+    """Seconds of so many steps of so many completions that hold so many tokens at their start: added up step by step."""
+    return sum(WORK.step[riders] + WORK.held * (tokens + step * riders) for step in range(count))
+
+
+def test_completions_of_one_length_are_exact_arithmetic():
+    done, engine = served([50] * 4)
+    expected = 4 * 10 * WORK.prefill + steps(50, 4, 40)
+    assert [length for length, _ in done] == [50] * 4 and done[-1][1] == pytest.approx(expected, rel=1e-12)
+    assert engine.busy() == pytest.approx(expected) and engine.tokens == 0 and engine.load == 0
+
+
+def test_more_completions_than_slots_come_in_waves():
+    done, _ = served([50] * 8)
+    assert done[-1][1] == pytest.approx(2 * (40 * WORK.prefill + steps(50, 4, 40)), rel=1e-12)
+
+
+def test_a_free_slot_is_filled_when_someone_ends():
+    done, _ = served([5, 9, 7], slots=2)
+    first = 20 * WORK.prefill + steps(5, 2, 20)
+    second = first + 10 * WORK.prefill + steps(4, 2, 15 + 10)  # the one of 9 holds 15, the new one its prompt
+    third = second + steps(3, 1, 14)
+    assert done == [(5, pytest.approx(first)), (9, pytest.approx(second)), (7, pytest.approx(third))]
+
+
+def test_a_full_cache_makes_the_youngest_give_way_and_loses_no_token():
+    roomy, engine = served([40] * 4)
+    tight, pressed = served([40] * 4, room=120)  # two of them fit with all they have
+    assert engine.preempted == 0 and pressed.preempted > 0
+    assert len(tight) == 4 and pressed.tokens == 0
+    assert tight[-1][1] > roomy[-1][1]
+    assert served([40], room=1)[0][0][1] == pytest.approx(10 * WORK.prefill + steps(40, 1, 10))  # alone it goes on
+
+
+def test_an_engine_that_is_held_stops_at_the_end_of_a_step_and_reads_again():
+    env, done = simpy.Environment(), []
+    settings_ = load(["align=grpo", "align.data=README.md"], rules=lambda _: []).align.but(slots=4, prompt_tokens=10)
+    engine = Engine(env, settings_, WORK, 1e9, 0.0, lambda: 0, lambda one: done.append(float(env.now)))
+    engine.take(Completion(0, 50))
+
+    def hold():
+        yield env.timeout(1.0)
+        yield engine.hold(at_once=True)
+        stood.append(float(env.now))
+        yield env.timeout(5.0)
+        engine.go_on()
+
+    stood: list[float] = []
+    env.process(hold())
+    env.run()
+    made = next(count for count in range(50) if 10 * WORK.prefill + steps(count, 1, 10) >= 1.0)
+    assert stood == [pytest.approx(10 * WORK.prefill + steps(made, 1, 10))]
+    assert done == [pytest.approx(stood[0] + 5 + (10 + made) * WORK.prefill + steps(50 - made, 1, 10 + made))]
+
+
+# -- lengths
+
+
+@pytest.mark.parametrize(("mean", "sigma"), [(100.0, 0.5), (900.0, 0.8), (1000.0, 0.0), (1500.0, 1.0)])
+def test_lengths_have_the_mean_that_the_plan_expects(mean, sigma):
+    settings_ = plan_of(f"align.mean_tokens={mean}", f"align.sigma={sigma}", "align.new_tokens=2000").align
+    drawn = lengths(settings_, 4096, 0, np.random.default_rng(1))
+    assert drawn.mean() == pytest.approx(mean, rel=5e-3) and drawn.max() <= 2000 and drawn.min() >= 1
+    grown = lengths(settings_.but(growth=0.2), 4096, 50, np.random.default_rng(1))
+    assert grown.mean() == pytest.approx(1.1 * mean, rel=5e-3)
+
+
+# -- the loop
+
+
+PLACED = [("colocated", ""), ("split_ref", ""), ("disaggregated", ""), ("async", "pace"), ("async", "discard")]
+
+
+@settings(max_examples=40, deadline=None)
+@given(placed=st.sampled_from(PLACED), staleness=st.integers(0, 8), share=st.sampled_from([0.25, 0.5, 0.75]), partial=st.booleans(),
+       sigma=st.sampled_from([0.0, 0.5, 1.0]), slots=st.sampled_from([4, 64]), mean=st.sampled_from([100, 1000]))  # fmt: skip
+def test_nothing_is_lost_and_nothing_is_older_than_the_bound(placed, staleness, share, partial, sigma, slots, mean):
+    placement, stale = placed
+    plan = plan_of(f"align.placement={placement}", f"align.staleness={staleness}", f"align.rollout_share={share}", "align.score_share=0.25",
+                   f"align.partial={str(partial).lower()}", f"align.sigma={sigma}", f"align.slots={slots}", f"align.mean_tokens={mean}",
+                   *([f"align.stale={stale}"] if stale else []))  # fmt: skip
+    lived = live(plan)
+    assert lived.made == lived.trained + lived.discarded + lived.flying
+    assert max(lived.stale) <= plan.align.lag and min(lived.stale) >= 0
+    assert math.isclose(sum(lived.spent.values()), plan.ranks * lived.wall, rel_tol=1e-9)
+    assert min(lived.spent.values()) > -1e-6
+    assert (lived.discarded == 0) or stale == "discard"
+    assert len(lived.stale) == lived.steps * plan.align.sequences
+
+
+def test_generation_that_waits_is_the_sum_and_that_which_runs_ahead_the_longer():
+    """Constant lengths, apart: in step generation and training come one after the other, ahead of it the longer of them remains."""
+    words = ("align.sigma=0", "align.mean_tokens=1000")
+    apart, ahead = (live(plan_of(*words, f"align.placement={placement}")) for placement in ("disaggregated", "async"))
+    told = apart.parts
+    work = told.train + told.scored + told.logprob
+    generation = apart.busy / apart.generators / apart.steps
+    assert apart.step_time == pytest.approx(generation + work + told.sync.seconds, rel=1e-3)
+    assert ahead.step_time == pytest.approx(max(generation, work) + told.sync.seconds, rel=0.05)
+
+
+def test_colocated_is_the_sum_of_its_parts():
+    lived = live(plan_of("align.sigma=0"))
+    told, generation = lived.parts, lived.busy / lived.generators / lived.steps
+    expected = generation + told.train + told.scored + told.logprob + told.swap + told.sync.seconds
+    assert lived.step_time == pytest.approx(expected, rel=1e-3)
+
+
+def test_running_ahead_pays_where_generation_is_long_and_not_where_trainers_are_few():
+    long, short = ("align.mean_tokens=1000", "align.rollout_share=0.25"), ("align.mean_tokens=50", "align.rollout_share=0.75")
+    placements = ("colocated", "disaggregated", "async")
+    for words, wins in ((long, True), (short, False)):
+        together, apart, ahead = (live(plan_of(f"align.placement={name}", *words)).step_time for name in placements)
+        assert ahead < apart and (ahead < together) == wins
+
+
+def test_a_discarding_queue_throws_away_what_pacing_never_begins():
+    words = ("align.placement=async", "align.rollout_share=0.75", "align.staleness=1", "align.mean_tokens=100")
+    paced, discarding = live(plan_of(*words)), live(plan_of(*words, "align.stale=discard"))
+    assert paced.discarded == 0 < discarding.discarded
+    assert discarding.made > paced.made and discarding.step_time == pytest.approx(paced.step_time, rel=0.1)
+
+
+def test_interrupting_beats_draining_where_the_tail_is_long():
+    words = ("align.placement=async", "align.staleness=4", "align.sigma=1.0", "align.rollout_share=0.25", "align.mean_tokens=800")
+    interrupted, drained = (live(plan_of(*words, f"align.partial={partial}")) for partial in ("true", "false"))
+    assert interrupted.step_time < drained.step_time
+
+
+def test_ranks_that_share_cores_gain_nothing_by_working_at_once():
+    """Four ranks on two cores: in step each role has the cores to itself, ahead of it they take turns."""
+    laptop = load(["align=grpo", "cluster.gpus_per_node=4", "cluster.cores_per_node=2", "train.global_batch=8", "align.prompts=32"])
+    apart, ahead = (live(laptop.but(**{"align.placement": placement})).step_time for placement in ("disaggregated", "async"))
+    assert ahead == pytest.approx(apart, rel=0.05)
+    roomy = [laptop.but(**{"align.placement": placement, "cluster.cores_per_node": 4}) for placement in ("disaggregated", "async")]
+    assert live(roomy[1]).step_time < 0.8 * live(roomy[0]).step_time
+
+
+def test_an_even_tail_is_no_tail():
+    assert live(plan_of("align.sigma=0")).tail == 0 < live(plan_of("align.sigma=1")).tail
+
+
+def test_a_longer_window_says_the_same(monkeypatch):
+    words = ("align.placement=async", "align.staleness=2", "align.rollout_share=0.25")
+    short = live(plan_of(*words)).step_time
+    monkeypatch.setattr("sim.align.MEASURED", 24)
+    assert live(plan_of(*words)).step_time == pytest.approx(short, rel=0.03)
+
+
+# -- parts, sync and memory
+
+
+def test_each_pass_is_counted_once():
+    plain, reference, corrected = (parts(plan_of(*words)) for words in (
+        ("align.reference=none", "align.correction=none"), ("align.correction=none",), ("align.reference=none",)))  # fmt: skip
+    assert plain.logprob == plain.scored == 0
+    assert reference.score > 0 == reference.logprob and corrected.logprob > 0 == corrected.score
+    assert corrected.logprob == reference.score < plain.train / 2  # a forward pass beside three or four
+    lora = parts(plan_of("align.tune=lora", "align.reference=adapter_off"))
+    assert lora.judge > 0 == lora.score
+    ppo = parts(
+        plan_of("align=ppo", "align.data=null", "align.reference=none", "align.group=1", "align.prompts=192", "align.micro_batch=1")
+    )
+    assert ppo.judge > 0 and ppo.train == pytest.approx(2 * ppo.step.step_time)
+
+
+def test_a_sync_sends_what_its_kind_says():
+    plan = plan_of("align.placement=async")
+    whole = 2 * parameters(plan.model)
+    assert sync(plan).bytes == whole
+    adapted = plan_of("align.placement=async", "align.tune=lora", "align.sync=adapters", "align.reference=none")
+    assert sync(adapted).bytes == 2 * adapter_parameters(plan.model, adapted.align.targets, adapted.align.rank)
+    assert sync(plan_of("align.placement=async", "align.sync=delta")).bytes == pytest.approx(whole * CHANGED * (2 + PLACE) / 2)
+    full, tensors, sharded = (sync(plan_of("align.placement=async", "align.engine_tp=2", f"align.sync={kind}"))
+                              for kind in ("full", "per_tensor", "sharded"))  # fmt: skip
+    assert tensors.pieces > full.pieces * 1.0 and sharded.seconds < full.seconds <= tensors.seconds
+    assert sync(adapted).seconds < 0.1 * full.seconds
+
+
+def test_roles_hold_what_they_must():
+    plan = plan_of("align.placement=async", "align.slots=16")
+    held = roles(plan, plan.aligned)
+    assert held.trainer == float(memory(columns([plan.aligned])).total.max())
+    cache = 16 * plan.align.longest * cached(plan)
+    assert cached(plan) == 32 * 2 * 8 * 128 * 2  # Llama 3 8B: 131,072 bytes a token
+    assert held.generator == 2 * parameters(plan.model) + 4 * 16 * plan.model.vocab + cache
+    halves = plan_of("align.placement=async", "align.slots=16", "align.engine_tp=2")
+    assert roles(halves, halves.aligned).generator == held.generator / 2
+    fuller = plan_of("align.offload=false", "align.slots=16")
+    assert roles(fuller, fuller.aligned).room < held.room  # what trainers keep takes room from the cache
+    lora = plan_of("align.tune=lora", "align.reference=adapter_off", "align.placement=async")
+    assert roles(lora, lora.aligned).trainer < held.trainer and roles(lora, lora.aligned).scorer == 0
+
+
+def test_what_does_not_fit_is_said_with_what_would(foretold):
+    assert misfits(plan_of()) == []
+    large = ("model=llama3_70b", "align.placement=async", "align.tune=lora", "align.reference=adapter_off")
+    (line,) = misfits(plan_of(*large))
+    assert "a generator has room for 0 tokens of 80.7 GB usable on each h100-sxm" in line
+    assert line.endswith("set align.engine_tp=2") and misfits(plan_of(*large, "align.engine_tp=2")) == []
+    status, _, err = foretold("sim", *GRPO, "model=llama3_70b", "align.engine_tp=8", "json=true")
+    assert status == 0 and "alignment does not fit: training needs" in err and "align.tune=lora or a mesh that cuts more" in err
+
+
+def test_preferences_are_an_update_and_the_references_pass():
+    base = ["experiment=llama3_8b_grpo", "align=dpo", "align.data=null", "align.prompts=96", "align.micro_batch=2",
+            "train.global_batch=192"]  # fmt: skip
+    by = {name: align(load([*base, *words])) for name, words in {
+        "model": (), "asked once": ("align.reference=precomputed",), "apart": ("align.placement=split_ref", "align.score_share=0.25"),
+        "off": ("align.tune=lora", "align.reference=adapter_off")}.items()}  # fmt: skip
+    assert by["model"]["step_time"] == pytest.approx(by["asked once"]["step_time"] + by["model"]["score_time"])
+    assert "score_time" not in by["asked once"] and by["asked once"]["scorer_memory"] == 0
+    assert by["off"]["score_time"] > 0 == by["off"]["scorer_memory"]
+    assert by["apart"]["idle_time"] > 0
+    for told in by.values():
+        assert sum(told.get(f"{name}_time", 0) for name in ("train", "score", "idle")) == pytest.approx(told["step_time"])
+
+
+# -- what a person sees
+
+
+def test_the_stage_is_told_and_costs_nothing_when_it_is_off(foretold):
+    status, out, _ = foretold("sim", *GRPO, "json=true")
+    told = json.loads(out)["quantities"]
+    assert status == 0
+    each = sum(told[name]["value"] for name in told if name.startswith("align.") and name.endswith("_time") and name != "align.step_time")
+    assert each == pytest.approx(told["align.step_time"]["value"])
+    assert told["align.seconds"]["value"] == pytest.approx(rates(load(GRPO)).init + 40 * told["align.step_time"]["value"], rel=0.01)
+    status, out, _ = foretold("sim", *GRPO)
+    assert status == 0 and "\nalignment\n" in out and "generator utilisation" in out
+    status, out, _ = foretold("sim", "json=true")
+    assert status == 0 and not any(name.startswith("align.") for name in json.loads(out)["quantities"])
+
+
+def test_a_sweep_shows_the_stage_that_it_varies(foretold, tmp_path):
+    status, out, _ = foretold("sim", "-m", *GRPO, "align.placement=async", "align.rollout_share=0.25,0.5")
+    assert status == 0 and "generator utilisation" in out.splitlines()[0] and "mfu" not in out.splitlines()[0]
+    (line,) = (line for line in out.splitlines() if line.startswith("table: "))
+    frame = pd.read_parquet(line.removeprefix("table: "))
+    assert len(frame) == 2 and frame["align.step_time"].nunique() == 2
+    assert foretold("analysis", "sweep", "out=picture.png")[0] == 0 and (tmp_path / "picture.png").is_file()
+
+
+# -- measured products
+
+
+@pytest.mark.skipif(not SERVING.is_dir(), reason="needs ../shared/data/serving")
+@pytest.mark.parametrize(("gpu", "file", "most"), [("h100_sxm", "h100", 0.12), ("a100_80", "a100", 0.10)])
+def test_the_knee_is_that_of_measured_products(gpu, file, most):
+    """Vidur's times of Llama 2's matrix products by tokens and tensor parallelism, with the rates that conf/gpu has from trainings."""
+    device = load([f"gpu={gpu}"], rules=lambda _: []).gpu
+    found = []
+    for size in ("7b", "70b"):
+        frame = pd.read_csv(SERVING / f"{file}_Llama-2-{size}-hf_mlp.csv")
+        h, ffn, tp, n = (frame[name].to_numpy(float) for name in ("n_embd", "n_expanded_embd", "num_tensor_parallel_workers", "num_tokens"))
+        shapes = {"mlp_up_proj": (2 * ffn / tp, h), "mlp_down_proj": (h, ffn / tp), "attn_post_proj": (h, h / tp)}
+        for name, (outputs, inputs) in shapes.items():
+            moved = 2 * (outputs * inputs + n * (outputs + inputs)) / (device.memory_bandwidth * device.memory_efficiency)
+            told = knee(moved, 2 * n * outputs * inputs / (device.bf16_peak * device.gemm_efficiency)) + 5e-6  # a launch
+            seen = frame[f"time_stats.{name}.median"].to_numpy(float) * 1e-3
+            found.append((told / seen - 1)[seen > 0])
+    assert np.abs(np.concatenate(found)).mean() < most
