@@ -67,9 +67,9 @@ def work(plan: Plan, start: Start) -> bool:
 
 
 def base_of(home: Path, source: Path | None, plan: Plan) -> Path:
-    """What an alignment begins with: what this run has fine-tuned, what it has trained before, or what the user names."""
+    """What an alignment begins with: what this run has fine-tuned, else what it has trained before, else what the user names."""
     tuned = home / finetune.FOLDER
-    if source is None and plan.finetune.method != "none" and checkpoint.complete(tuned / "checkpoints"):
+    if plan.finetune.method != "none" and checkpoint.complete(tuned / "checkpoints"):
         if not plan.finetune.adapters:
             return checkpoint.complete(tuned / "checkpoints")[-1]
         if not (tuned / MODEL).is_dir():
