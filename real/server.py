@@ -138,7 +138,7 @@ class Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version, wbufsize = "HTTP/1.1", -1  # headers and body in one packet
     server: Server
 
     def log_message(self, *_: object) -> None:
