@@ -34,7 +34,7 @@ def run(life: Life, home: Path, source: Path | None) -> None:
     judge_of(plan)
     said = life.folder / finetune.BASE
     if said.is_file() and said.read_text() != str(base) and checkpoint.complete(life.folder / "checkpoints"):
-        raise Refused(f"{life.folder} was begun on {said.read_text()}, this is {base}; name that one with start=")
+        raise Refused(f"{life.folder} was begun on {said.read_text()}, this is {base}; delete that folder to begin anew")
     write(said, str(base))
     tokenizer = finetune.tokenizer_of(base)
     _tokens(life, tokenizer)

@@ -31,7 +31,9 @@ def run(life: Life, home: Path, source: Path | None) -> None:
     if said.is_file() and said.read_text() != str(base) and checkpoint.complete(life.folder / "checkpoints"):
         raise Refused(f"{life.folder} was begun on {said.read_text()}, this is {base}; name that one with start=")
     write(said, str(base))
-    _tokens(life, tokenizer_of(base))
+    tokenizer = tokenizer_of(base)
+    write(life.folder / "tokens" / "tokenizer.json", tokenizer.read_bytes())  # for what begins with the tuned model
+    _tokens(life, tokenizer)
     life.train({}, base=base)
     path = checkpoint.complete(life.folder / "checkpoints")[-1]
     if tune.adapters:

@@ -148,12 +148,12 @@ def serve(plan: Plan, start: Start) -> bool:
         elif message[0] == "make":
             maker.submit(message[1])
         elif message[0] == "weights":
-            _, version, names = message
+            _, version, names, ends = message
             if not plan.align.partial:
                 for made in maker.drain():
                     line.tell("made", made)
             me.enter("sync")
-            moved = sync.receive(maker.model, names)
+            moved = sync.receive(maker.model, names, ends)
             maker.took(version)
             line.tell("loaded", version, moved.checksum)
             me.book()

@@ -344,7 +344,7 @@ class Apart:
         model = self.trainer.policy.model
         with self.trainer.timeline.during("sync"):
             if self.lead is not None:
-                self.lead.tell_all("weights", version, travelling(model, self.trainer.align))
+                self.lead.tell_all("weights", version, *travelling(model, self.trainer.align))
             moved = self.sync.send(model)
             if self.lead is not None:
                 left = set(self.generators)

@@ -5,7 +5,7 @@ the elements that changed. A generator's checksum after each must be the trainer
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ from real.checkpoint import ADAPTER
 from real.model import Decoder
 
 WHOLE = -1  # in the place of a count of changes: the tensor follows whole
-PRIME = 65521  # places in a tensor count modulo this, so that exchanged elements show in a checksum
 
 
 class Moved(NamedTuple):
@@ -49,38 +48,43 @@ class Bridge:
         return tensor
 
 
-def travelling(model: Decoder, align: Align) -> list[str]:
-    """Names of the parameters that go, in their order."""
-    if align.sync == "sharded":
-        return [name for _, names in _units(model) for name in names]
-    names = [name for name, _ in model.named_parameters()]
-    return [name for name in names if name.endswith(ADAPTER)] if align.sync == "adapters" else names
+class Part(NamedTuple):
+    """A parameter on its way; the last of what was gathered together ends a unit."""
+
+    name: str
+    tensor: Tensor
+    ends: bool
 
 
-def whole(model: Decoder, align: Align) -> Iterator[tuple[str, Tensor]]:
-    """Every travelling parameter, gathered from all trainers, which must all iterate."""
-    if align.sync == "sharded":
-        for unit, names in _units(model):
-            if unit is not None:
-                unit.unshard()  # as for a forward pass: all its parameters in one collective
-            named = dict(model.named_parameters())
-            yield from ((name, _full(named[name])) for name in names)
-            if unit is not None:
-                unit.reshard()
-        return
-    named = dict(model.named_parameters())
-    yield from ((name, _full(named[name])) for name in travelling(model, align))
+def travelling(model: Decoder, align: Align) -> tuple[list[str], list[str]]:
+    """Names of the parameters that go, in their order, and which of them end a unit."""
+    units = [names for _, names in _units(model, align)]
+    return [name for names in units for name in names], [names[-1] for names in units]
 
 
-def _units(model: Decoder) -> list[tuple[FSDPModule | None, list[str]]]:
+def whole(model: Decoder, align: Align) -> Iterator[Part]:
+    """Every travelling parameter, gathered from all trainers, which must all iterate: unit by unit as for a forward pass, so that all
+    of a unit come in one collective; of adapters each alone, because their units hold the frozen base too."""
+    for unit, names in _units(model, align):
+        if unit is not None:
+            unit.unshard()
+        named = dict(model.named_parameters())
+        yield from (Part(name, _full(named[name]), name == names[-1]) for name in names)
+        if unit is not None:
+            unit.reshard()
+
+
+def _units(model: Decoder, align: Align) -> list[tuple[FSDPModule | None, list[str]]]:
     """What is gathered together, with the names of its parameters; a model that is not sharded is one unit."""
-    found = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, FSDPModule)]
-    left, told = dict(model.named_parameters()), list[tuple[FSDPModule | None, list[str]]]()
-    for prefix, unit in reversed(found):  # the innermost first
-        names = [name for name in left if name.startswith(prefix)]
-        left = {name: parameter for name, parameter in left.items() if name not in set(names)}
-        told.append((unit, names))
-    return told or [(None, list(left))]
+    left = [name for name, _ in model.named_parameters()]
+    if align.sync == "adapters":
+        return [(None, [name for name in left if name.endswith(ADAPTER)])]
+    told = list[tuple[FSDPModule | None, list[str]]]()
+    for prefix, unit in reversed([(name, unit) for name, unit in model.named_modules() if isinstance(unit, FSDPModule)]):
+        names = [name for name in left if name.startswith(prefix)]  # the innermost first
+        left = [name for name in left if not name.startswith(prefix)]
+        told += [(unit, names)] if names else []
+    return told or [(None, left)]
 
 
 def _full(parameter: Tensor) -> Tensor:
@@ -109,22 +113,26 @@ class Sync:
         """From all trainers, into the generator of this rank where there is no bridge."""
         began, sent, sums = time.perf_counter(), self.bridge.sent if self.bridge else 0, dict[str, int]()
         held, full, size = dict(into.named_parameters()) if into is not None else {}, list[Tensor](), 0
-        for name, tensor in whole(model, self.align):
+        for name, tensor, ends in whole(model, self.align):
             tensor = tensor.to(self.dtype)
             sums[name] = bits_of(tensor)
             if into is not None:
                 held[name].data.copy_(tensor)
                 sent -= tensor.numel() * tensor.element_size()
             elif self.bridge is not None and self.lead:
-                full.append(tensor)
+                full.append(tensor.clone())  # what was gathered goes when its unit does
                 size += tensor.numel() * tensor.element_size()
-                if self.align.sync != "full" or size >= self.align.bucket:
+                if self._goes(size, ends):
                     self._ship(name, full)
                     full, size = [], 0
         if full:
             self._ship("", full)
         moved = (self.bridge.sent if self.bridge else 0) - sent
         return Moved(moved, time.perf_counter() - began, checksum(sums))
+
+    def _goes(self, size: int, ends: bool) -> bool:
+        """Whether what has been gathered is sent now."""
+        return {"full": size >= self.align.bucket, "sharded": ends}.get(self.align.sync, True)
 
     def _ship(self, name: str, tensors: list[Tensor]) -> None:
         assert self.bridge is not None
@@ -145,8 +153,8 @@ class Sync:
 
     # -- of a generator
 
-    def receive(self, model: Decoder, names: Sequence[str]) -> Moved:
-        """Into this generator's model, the parameters of these names."""
+    def receive(self, model: Decoder, names: Sequence[str], ends: Collection[str]) -> Moved:
+        """Into this generator's model, the parameters of these names; `ends` are those that end a unit."""
         assert self.bridge is not None
         began, before = time.perf_counter(), self.bridge.sent
         named, bucket, size = dict(model.named_parameters()), list[Tensor](), 0
@@ -154,7 +162,7 @@ class Sync:
             held = named[name].data
             bucket.append(held)
             size += held.numel() * held.element_size()
-            if self.align.sync != "full" or size >= self.align.bucket:
+            if self._goes(size, name in ends):
                 self._unship(bucket)
                 bucket, size = [], 0
         if bucket:
@@ -184,7 +192,7 @@ def bits_of(tensor: Tensor) -> int:
     if not tensor.numel():
         return 0
     bits = tensor.detach().contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16).flatten().long()
-    return int((bits * (torch.arange(len(bits), device=bits.device) % PRIME + 1)).sum())
+    return int((bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum())
 
 
 def checksum(sums: dict[str, int]) -> int:
