@@ -116,7 +116,7 @@ def _recipe(model: str, gpu: str, cluster: str, precision: str) -> Plan:
 def packed(plan: Plan) -> Plan:
     """The plan that is trained: completions with their prompts in rows of the longest length, as many as divide over the replicas."""
     twin, align = plan.aligned, plan.align
-    rows = align.sequences / align.updates * (align.mean_tokens + align.prompt_tokens) / (PACKED * align.longest)
+    rows = align.sequences / align.updates * (align.expected + align.prompt_tokens) / (PACKED * align.longest)
     return twin.but(train=twin.train.but(global_batch=max(1, round(rows / twin.dp)) * twin.dp))
 
 

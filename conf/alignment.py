@@ -80,7 +80,9 @@ class Align(Node):
         must=("full", "per_tensor", "sharded", "adapters", "delta"),
     )
     bucket: Bytes = say("bytes of a bucket", must=POSITIVE)
-    mean_tokens: float = say("mean length of completions that sim expects, of a lognormal cut at new_tokens", must=POSITIVE)
+    mean_tokens: Optional[float] = say(
+        "mean length of completions that sim expects, of a lognormal cut at new_tokens; null = half of new_tokens", must=POSITIVE
+    )
     sigma: float = say("standard deviation of the logarithm of the length", must=NOT_NEGATIVE)
     growth: float = say("share by which completions grow in a hundred steps", must=NOT_NEGATIVE)
     source: str = say("where the numbers come from")
@@ -108,6 +110,11 @@ class Align(Node):
     def sequences(self) -> int:
         """Sequences of a step: two of each pair, or every completion."""
         return self.prompts * (2 if self.method in PREFERENCES else self.group)
+
+    @property
+    def expected(self) -> float:
+        """Mean tokens of a completion that sim expects."""
+        return self.new_tokens / 2 if self.mean_tokens is None else self.mean_tokens
 
     @property
     def longest(self) -> int:
@@ -184,7 +191,7 @@ def _method(align: Align) -> Iterator[str]:
         yield f"align.group={align.group}: a completion is measured against the others of its prompt; set align.group=8"
     if align.rollouts and align.sequences % align.updates:
         yield f"align.updates={align.updates} must divide the {align.sequences} completions of a step (align.prompts × align.group)"
-    if align.rollouts and align.mean_tokens > align.new_tokens:
+    if align.rollouts and align.expected > align.new_tokens:
         yield f"align.mean_tokens={align.mean_tokens} is above align.new_tokens={align.new_tokens}, which no completion passes; lower it"
     if align.generator and not align.apart:
         yield "align.generator names a server, which generates apart from the trainers; set align.placement=disaggregated or async"

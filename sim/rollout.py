@@ -137,7 +137,7 @@ def _links(plan: Plan, device: Device, counts: Array) -> Array:
 def lengths(align: Align, count: int, step: int, dice: np.random.Generator) -> Array:
     """Tokens of so many completions of a step: the even quantiles of a lognormal cut at new_tokens whose mean grows with the steps, in
     an order by chance. So the mean and the tail of every step are those of the law, and only who gets which is drawn."""
-    mean = min(align.mean_tokens * (1 + align.growth * step / 100), align.new_tokens)
+    mean = min(align.expected * (1 + align.growth * step / 100), align.new_tokens)
     centre = _centre(mean, align.sigma, align.new_tokens)
     drawn = np.minimum(np.exp(centre + align.sigma * _even(count)), align.new_tokens)
     return np.asarray(dice.permutation(np.maximum(1, np.rint(drawn)).astype(int)))

@@ -25,7 +25,7 @@ SHAPE = [
     "model.vocab=264",
     "tokenizer.vocab=264",
 ]
-TASK = [*SHAPE, "align.template=bare", "align.reward=digits", "align.prompt_tokens=4", "align.new_tokens=6", "align.mean_tokens=5",
+TASK = [*SHAPE, "align.template=bare", "align.reward=digits", "align.prompt_tokens=4", "align.new_tokens=6",
         "align.held_out=0.1", "align.prompts=16", "align.group=8", "align.micro_batch=64", "align.warmup=0", "align.slots=128",
         "train.schedule=constant", "train.weight_decay=0", "train.evaluate_sequences=8", "cluster.cores_per_node=1",
         "checkpoint.every=0"]  # fmt: skip
