@@ -213,6 +213,25 @@ def test_a_toy_is_learned(align, seed):
     assert rewards[0] <= 0.45 and np.mean(rewards[-10:]) >= 0.95
 
 
+@pytest.mark.slow
+def test_peft_and_transformers_load_what_was_aligned(align, base, foretold, tmp_path):
+    """The adapters in peft and the merged model in transformers say the same; and they are not the base."""
+    import transformers
+    from peft import PeftModel
+
+    words = ["align.tune=lora", "align.rank=4", "align.placement=async", "align.sync=adapters", "align.learning_rate=1e-2"]
+    folder, _ = align(*GRPO, *words, ranks=2)
+    common = [*toy.TASK, *RUN, *GRPO, *words, f"align.data={tmp_path / 'questions.jsonl'}", f"start={base}"]
+    assert foretold("real", *common, "cluster.gpus_per_node=2", "cluster.cores_per_node=1", f"export={tmp_path / 'merged'}")[0] == 0
+    ids = torch.tensor([toy.tokenizer().encode("37=7777").ids])
+    kind, options = transformers.AutoModelForCausalLM, {"dtype": torch.float32, "attn_implementation": "eager"}
+    with torch.no_grad():
+        before, merged = (kind.from_pretrained(path, **options)(ids).logits for path in (base, tmp_path / "merged"))
+        adapted = PeftModel.from_pretrained(kind.from_pretrained(base, **options), folder / "adapter")(ids).logits
+    assert float((adapted - merged).abs().max()) < 1e-4
+    assert float((adapted - before).abs().max()) > 1e-2
+
+
 # -- what goes wrong
 
 
