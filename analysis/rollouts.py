@@ -92,23 +92,22 @@ def _plan(model: str, gpus: str, placement: str, lengths: str, batch: str, note:
     trained, group = _number(r"T-GBS ([\d,]+)", batch, "its training batch"), 32 if drawn >= LARGE else 16
     base, (tp, *_) = _recipe(name, gpu, cluster, narrowest(note.partition(";")[0])), _mesh("gen", note)
     apart = "async" if "async" in placement else "disaggregated" if "disaggregated" in placement else "colocated"
-    sizes = {"prompts": drawn // group, "group": group, "updates": max(1, drawn // trained), "prompt_tokens": PROMPT, "engine_tp": tp,
-             "new_tokens": longest - PROMPT, "mean_tokens": float(min(mean, longest - PROMPT)), "placement": apart}  # fmt: skip
+    late = re.search(r"(\d+)-step", placement)
+    sizes = {"prompts": max(1, drawn // group), "group": group, "updates": max(1, drawn // trained), "prompt_tokens": PROMPT,
+             "new_tokens": longest - PROMPT, "mean_tokens": float(min(mean, longest - PROMPT)), "engine_tp": tp, "placement": apart,
+             "staleness": int(late[1]) if late else 1}  # fmt: skip
     degrees = dict(zip(("tp", "cp", "ep", "pp"), _mesh("train", note), strict=True))
-    return base.but(align=base.align.but(**sizes), mesh=base.mesh.but(**degrees), cluster=base.cluster.part(count))
+    plan = base.but(align=base.align.but(**sizes), mesh=base.mesh.but(**degrees), cluster=base.cluster.part(count))
+    if plan.ranks != count or len(plan.roles.generators) % tp or plan.aligned.ranks != len(plan.roles.trainers):
+        raise Unplayable(f"its meshes do not divide gpus={gpus}")
+    return plan
 
 
 @cache
 def _recipe(model: str, gpu: str, cluster: str, precision: str) -> Plan:
     """What all rows have; on as many servers as the largest needs, of which each takes its part."""
-    words = (
-        f"model={model}",
-        f"gpu={gpu}",
-        f"cluster={cluster}",
-        "cluster.nodes=256",
-        f"train.precision={precision}",
-        f"align.sigma={SIGMA}",
-    )
+    words = (f"model={model}", f"gpu={gpu}", f"cluster={cluster}", "cluster.nodes=256", f"train.precision={precision}",
+             f"align.sigma={SIGMA}")  # fmt: skip
     plan = load([*RECIPE, *words], rules=lambda _: [])
     return plan.but(gpu=plan.gpu.but(early=gpu in BLACKWELL))  # measured in its first year
 

@@ -37,6 +37,7 @@ foretold sim [options] [group=option] [key=value]   predict a plan
   foretold sim experiment=llama3_405b checkpoint.every=20   the same faults under another policy
   foretold sim experiment=llama3_405b vs="cluster.nodes=1024"   what if: both, the difference and its causes
   foretold sim -m experiment=llama3_405b cluster.nodes=512,1024,2048     a sweep; with fast=true in closed form, thousands of points
+  foretold sim -m experiment=llama3_8b_grpo align.placement=colocated,async align.rollout_share=0.25,0.5     who generates, who trains
   foretold sim search=true experiment=llama3_405b          the best meshes for its model, cluster and batch, and why
   foretold sim events=true experiment=llama3_405b          one step event by event, with a timeline for Perfetto
   foretold sim replicas=20                       twenty seeds: the median, with the 10th and 90th percentile

@@ -120,7 +120,9 @@ class Job:
         self.queue: deque[Completion] = deque()
         self.stale: list[int] = []
         self.tokens = 0
+        self.discards = align.placement == "async" and align.stale == "discard"
         self.count: Counter[int] = Counter()  # samples that are done, by batch
+        self.fresh = 0  # samples in the queue that are not too old
         self.wanted = self.env.event()
         self.spent = dict.fromkeys(("queue", "logprob", "score", "train", "sync"), 0.0)
         engines = len(plan.roles.generators) // align.engine_tp
@@ -141,10 +143,13 @@ class Job:
             batch += 1
 
     def _may_begin(self, batch: int) -> bool:
-        align = self.plan.align
-        if align.placement != "async" or align.stale == "pace":
-            return batch <= self.version + align.lag
-        return self.begun - self.taken - self.discarded < max(1, BUFFER * align.lag) * self.size
+        lag = self.plan.align.lag
+        if not self.discards:
+            return batch <= self.version + lag
+        return self.begun - self.taken - self.discarded < max(1, BUFFER * lag) * self.size
+
+    def _usable(self, one: Completion) -> bool:
+        return self.version - one.version <= self.plan.align.lag
 
     def _release(self) -> None:
         """Samples that may begin go to the engine with the fewest, as long as any has a free slot."""
@@ -163,6 +168,7 @@ class Job:
         """An engine has ended a completion."""
         self.queue.append(completion)
         self.count[completion.batch] += 1
+        self.fresh += self._usable(completion)
         if not self.wanted.triggered and self._ready():
             self.wanted.succeed()
         heappush(self.loads, (self.engines[number].load, number))
@@ -171,20 +177,18 @@ class Job:
     # -- the learner
 
     def _ready(self) -> bool:
-        if self.plan.align.stale == "discard" and self.plan.align.placement == "async":
-            return sum(self.version - one.version <= self.plan.align.lag for one in self.queue) >= self.size
-        return self.count[self.version] == self.size
+        return self.fresh >= self.size if self.discards else self.count[self.version] == self.size
 
     def _take(self) -> list[Completion]:
         """The next batch out of the queue; what has grown too old is thrown away."""
-        if self.plan.align.stale == "discard" and self.plan.align.placement == "async":
-            fresh = [one for one in self.queue if self.version - one.version <= self.plan.align.lag]
+        if self.discards:
+            fresh = [one for one in self.queue if self._usable(one)]
             self.discarded += len(self.queue) - len(fresh)
             taken, left = fresh[: self.size], fresh[self.size :]
         else:
             taken = [one for one in self.queue if one.batch == self.version]
             left = [one for one in self.queue if one.batch != self.version]
-        self.queue, self.taken = deque(left), self.taken + len(taken)
+        self.queue, self.taken, self.fresh = deque(left), self.taken + len(taken), len(left)
         return taken
 
     def _spend(self, state: str, seconds: float) -> Course[None]:
@@ -227,6 +231,7 @@ class Job:
         self.spent["queue"] += self.env.now - began
         yield from self._spend("sync", self.parts.swap + self.parts.sync.seconds)
         self.version += 1
+        self.fresh = sum(self._usable(one) for one in self.queue)
         for engine in self.engines:
             engine.go_on()
         self._release()

@@ -21,9 +21,7 @@ from sim.roles import trained
 
 CHANGED = 0.02  # share of numbers in half precision that an update changes: 1 to 3% (verl's delta checkpoint engine, its documentation)
 PLACE = 4  # bytes of where it stands
-REACHED = (
-    0.24  # of the links' rate that moving weights reaches, with gathering, casting and loading (NeMo-RL v0.5's steps, LOG.md, 2026-11-30)
-)
+REACHED = 0.24  # share of the links' rate that it reaches, with gathering, casting and loading (NeMo-RL v0.5, LOG.md, 2026-11-30)
 
 
 class Sync(NamedTuple):
@@ -42,8 +40,8 @@ def sync(plan: Plan) -> Sync:
     device = Device([rates(plan)])
     network = Network([plan], device)
     trainers, ranks = len(plan.roles.trainers), plan.ranks
-    gathered = _seconds(network, trainers, sent * each, pieces)
-    seconds = gathered + (_seconds(network, ranks, sent * each, pieces) if align.apart else 0.0)
+    moved = sent * each / (1.0 if plan.gpu.kind == "cpu" else REACHED)  # rates of a CPU's links are measured with all of it
+    seconds = _seconds(network, trainers, moved, pieces) + (_seconds(network, ranks, moved, pieces) if align.apart else 0.0)
     return Sync(sent, pieces, seconds)
 
 
@@ -59,4 +57,4 @@ def _seconds(network: Network, ranks: int, size: float, pieces: int) -> float:
     n, stride = np.array([float(ranks)]), np.ones(1)
     start = network.around("all_gather", n, stride, np.zeros(1))
     whole = network.around("all_gather", n, stride, np.array([size])) - start
-    return float((pieces * start + whole / REACHED)[0])
+    return float((pieces * start + whole)[0])

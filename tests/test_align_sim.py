@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -187,6 +188,13 @@ def test_ranks_that_share_cores_gain_nothing_by_working_at_once():
     assert ahead == pytest.approx(apart, rel=0.05)
     roomy = [laptop.but(**{"align.placement": placement, "cluster.cores_per_node": 4}) for placement in ("disaggregated", "async")]
     assert live(roomy[1]).step_time < 0.8 * live(roomy[0]).step_time
+
+
+def test_more_staleness_never_costs_time():
+    """Long tails and engines that are short of time: each step of staleness lets them be filled better, until training is the limit."""
+    words = ("align.placement=async", "align.rollout_share=0.25", "align.sigma=1.0", "align.mean_tokens=1500")
+    steps_ = [live(plan_of(*words, f"align.staleness={staleness}")).step_time for staleness in (0, 1, 2, 4, 8)]
+    assert all(later <= 1.02 * earlier for earlier, later in pairwise(steps_)) and steps_[-1] < 0.7 * steps_[0]
 
 
 def test_an_even_tail_is_no_tail():

@@ -31,13 +31,15 @@ def test_a_row_becomes_a_plan():
     assert told is one and rate == pytest.approx(2048 * (1019 + align.prompt_tokens) / predicted / 16, rel=0.01)
     apart = rolled(ROW | {"placement": "disaggregated async 1-step Off", "seq lens": "max 4,096 avg 1,123"})[0].plan
     assert apart.align.lag == 1 and len(apart.roles.generators) == 8
+    assert rolled(ROW | {"placement": "disaggregated async 2-step Off"})[0].plan.align.lag == 2
 
 
 @pytest.mark.parametrize(("change", "reason"), [
     ({"algo": "DAPO"}, "how often is not said"), ({"algo": "PPO"}, "software does is not known"), ({"seq lens": ""}, "longest length"),
     ({"seq lens": "max 4,096"}, "average length is not said"), ({"batch": "64"}, "its batch is not said"),
     ({"model sizes": "9B"}, "model=9B"), ({"note": "H100 BF16"}, "mesh of gen is not said"),
-    ({"note": NOTE.replace("H100", "X1")}, "gpu=16 X1"), ({"metric": "reward"}, "metric=reward"),
+    ({"note": NOTE.replace("H100", "X1")}, "gpu=16 X1"), ({"note": NOTE.replace("[1,1];", "[32,1];")}, "do not divide gpus=16"),
+    ({"gpus": "7"}, "do not divide gpus=7"), ({"metric": "reward"}, "metric=reward"),
 ])  # fmt: skip
 def test_a_row_that_does_not_say_enough_says_what_is_missing(change, reason):
     with pytest.raises(Unplayable, match=reason):
