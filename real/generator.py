@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from real.server import Remote
 from real.sync import Sync
 
 WAIT = 0.2  # seconds between two beats of a rank that waits
+PAUSE = 0.05  # seconds for which completions are kept, so that a judge is asked of several at a time
 Wanted = tuple[int, int]  # number of a prompt among all that are drawn (−1, −2, … of those held out), and of its completion
 
 
@@ -57,6 +59,7 @@ class Maker:
         self.order = Order(len(self.prompts.train), me.plan.seed)
         self.model = model_of(me.plan, start.base)
         self.engine = self._engine(self.coder.end or 0)
+        self.made, self.asked = list[Sample](), time.monotonic()
         self.shelf = start.folder / "served"  # where a server elsewhere finds new weights
         self.judge = None if align.reward == "model" else Judge(align.reward, align.reward_timeout)
 
@@ -98,9 +101,13 @@ class Maker:
             self.engine.submit([Request(prompt, number, of.ids[place], int.from_bytes(digest, "big"))])
 
     def step(self) -> list[Judged]:
-        """A token of every completion under way; returns those that have ended, with their rewards."""
+        """A token of every completion under way; returns those that have ended of late, with their rewards."""
         self.me.enter("generate")
-        return self._judged(self.engine.step())
+        self.made += self.engine.step()
+        if not self.made or (self.engine.live and time.monotonic() - self.asked < PAUSE):
+            return []
+        made, self.made, self.asked = self.made, [], time.monotonic()
+        return self._judged(made)
 
     def drain(self) -> Iterator[list[Judged]]:
         """What is under way, to its end; what waits stays waiting."""

@@ -112,7 +112,7 @@ class Policy(Alignment):
             rows = rows.beside_them(reward=self.scorers.rewards(rows))
         if self.critic:
             mine = self.critic.mine(rows)
-            rows = rows.beside_them(value=self.critic.everyone(self.critic.asked(self.critic.values, mine, "logprob"), rows))
+            rows = rows.beside_them(value=self.critic.everyone(self.critic.asked(self.critic.values, mine, "score"), rows))
         if align.correction == "none":
             return rows.beside_them(old=rows["behaviour"])
         logp = self.policy.asked(lambda micro: self.policy.logp(micro, temperature), self.policy.mine(rows), "logprob")

@@ -64,7 +64,7 @@ class Preferences(Alignment):
         whole = self.model.judged() if self.judges else 1.0
         loss, norm = self.model.learn(self.model.mine(rows), self._loss, count, step, whole)
         margins = torch.cat(self.margins)
-        right, margin = (self.model.total(value.double().sum()) / count for value in (margins > 0, margins))
+        right, margin = (self.model.total(value.double().sum()) / count for value in (_right(margins), margins))
         tokens = float(rows.mask.sum())
         return Told({"loss": loss, "gradient_norm": norm, "accuracy": right, "margin": margin, "tokens": tokens},
                     f"loss {loss:.4f}  accuracy {right:.0%}  margin {margin:.3f}")  # fmt: skip
@@ -100,7 +100,7 @@ class Preferences(Alignment):
             reference = Network(self.learning, self.axes, self.timeline, self.start.base)
             for some in self._dealt(pairs.by_length(len(pairs))):
                 mine = reference.mine(self._rows_alone(pairs, some))
-                told = reference.asked(reference.logp, mine, "logprob")
+                told = reference.asked(reference.logp, mine, "score")
                 self._put(found, some, self._summed(told, mine).view(-1, 2))
             found = self._gathered(found)
             if rank() == 0:
@@ -144,15 +144,20 @@ class Preferences(Alignment):
                 told = self.model.asked(what, rows, "evaluate")
                 scores = last_of(told, rows.mask) if self.judges else self._summed(told, rows) - rows["reference"]
                 self._put(found, some, scores[0::2] - scores[1::2])
-            margins = self._gathered(found).numpy()
+            margins = self._gathered(found)
         asked = self.held_out.asked[:count]
-        share, error = clustered(margins > 0, asked["question"])
+        share, error = clustered(_right(margins).numpy(), asked["question"])
         longer = float(asked["longer"].mean())
         if rank() == 0:
             for name, value in (("held_out_accuracy", share), ("held_out_error", error), ("longer_wins", longer)):
                 self.record.observe(STAGE, name, value, self.done)
         self.say(f"held-out accuracy {share:.1%} ± {error:.1%} on {count} pairs of {len(set(asked['question']))} questions after "
                  f"step {self.done}; the longer answer is the chosen one in {longer:.1%}")  # fmt: skip
+
+
+def _right(margins: Tensor) -> Tensor:
+    """1 where the chosen answer is preferred, a half where neither is."""
+    return (margins.sign().double() + 1) / 2
 
 
 def clustered(right: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:

@@ -65,9 +65,9 @@ class Scorers:
             return self._remote("reference", rows)
         if self.kind == "adapter_off":
             with self.policy.unadapted():
-                return self.policy.everyone(self.policy.asked(self.policy.logp, self.policy.mine(rows), "logprob"), rows)
+                return self.policy.everyone(self.policy.asked(self.policy.logp, self.policy.mine(rows), "score"), rows)
         assert self.model is not None
-        return self.model.everyone(self.model.asked(self.model.logp, self.model.mine(rows), "logprob"), rows)
+        return self.model.everyone(self.model.asked(self.model.logp, self.model.mine(rows), "score"), rows)
 
     def rewards(self, rows: Rows) -> Tensor:
         """The reward model's number of every row, [N]."""
@@ -133,7 +133,7 @@ def serve(plan: Plan, start: Start) -> bool:
         rows = Rows(torch.from_numpy(tokens), torch.from_numpy(mask)).to(device(plan))
         if what == "reference":
             assert reference is not None
-            told = reference.asked(reference.logp, rows, "logprob")
+            told = reference.asked(reference.logp, rows, "score")
         else:
             assert judge is not None
             told = last_of(judge.asked(judge.values, rows, "score"), rows.mask)

@@ -14,13 +14,11 @@ HOMES = {"simpy": {"sim"}, "torch": {"real"}, "matplotlib": {"analysis"}, "hydra
 # Modules without a twin; ARCHITECTURE.md says why for each.
 ALONE = {
     "sim": {"story", "whatif", "expect", "sweep", "search", "traffic", "advice", "step", "schedule", "flows", "activations",
-            "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money",
-            "align", "rollout", "roles", "sync"},
+            "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
         "adapters", "archive", "attention", "bigram", "bpe", "buddy", "chats", "contamination", "data", "dry", "engine", "filters", "fp8",
         "frontier", "nf4", "objectives", "alignment", "digits", "generator", "learner", "pairs", "policy", "preferences", "samples",
-        "scoring",
-        "guard", "heartbeat", "huggingface", "initial", "integrity", "language", "layers", "lineage", "loss", "maintext", "measure",
+        "scoring", "guard", "heartbeat", "huggingface", "initial", "integrity", "language", "layers", "lineage", "loss", "maintext", "measure",
         "minhash", "model", "moe", "muon", "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress",
         "prompts", "remote", "resume", "rewards", "server", "shards", "slurm", "stability", "stage", "storage",
         "straggler", "substring", "tiers", "trainer", "urls", "winnow",
