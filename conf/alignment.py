@@ -45,7 +45,7 @@ class Align(Node):
         must=("none", "model", "adapter_off", "precomputed"),
     )
     beta: float = say("weight of the reference: β of dpo, coefficient of the KL penalty of ppo and grpo", must=NOT_NEGATIVE)
-    kl_target: Optional[float] = say("KL a completion that ppo's coefficient is steered to; null = it stays", must=POSITIVE)
+    kl_target: Optional[float] = say("KL a completion that the penalty's weight is steered to; null = it stays", must=POSITIVE)
     clip: float = say("ratios of policies are clipped below 1 − clip", must=POSITIVE)
     clip_high: float = say("and above 1 + clip_high", must=POSITIVE)
     gamma: float = say("discount of rewards (ppo)", must=SHARE)
@@ -149,7 +149,7 @@ def roles(align: Align, ranks: int) -> Roles:
 
 def problems(align: Align, ranks: int, one: int) -> list[str]:
     """What an alignment breaks by itself, on so many ranks of which `one` hold a model: key and value, rule, cure."""
-    return [*_roles(align, ranks, one), *_method(align)]
+    return [*_roles(align, ranks, one), *_method(align), *_rollouts(align)]
 
 
 def _roles(align: Align, ranks: int, one: int) -> Iterator[str]:
@@ -175,6 +175,8 @@ def _method(align: Align) -> Iterator[str]:
     method, losses = align.method, LOSSES[align.method]
     if align.loss not in losses:
         yield f"align.loss={align.loss} is none of {method}; set align.loss={' or '.join(losses)}"
+    if align.adapters and method == "reward":
+        yield "align.tune=lora: a reward model is trained whole, its score and all; set align.tune=full"
     if align.adapters and not align.targets:
         yield "align.targets=[] leaves nothing to train; name matrices, as in align.targets=[q_proj,v_proj]"
     if align.reference == "adapter_off" and not align.adapters:
@@ -189,6 +191,12 @@ def _method(align: Align) -> Iterator[str]:
         yield f"align.micro_batch={align.micro_batch} cuts a pair in two; set an even one"
     if method == "grpo" and align.group < 2:
         yield f"align.group={align.group}: a completion is measured against the others of its prompt; set align.group=8"
+
+
+def _rollouts(align: Align) -> Iterator[str]:
+    """Rules of completions and their rewards."""
+    if align.kl_target is not None and (align.beta == 0 or align.reference == "none"):
+        yield f"align.kl_target={align.kl_target} steers a penalty that there is none of; set align.beta=0.02 align.reference=model"
     if align.rollouts and align.sequences % align.updates:
         yield f"align.updates={align.updates} must divide the {align.sequences} completions of a step (align.prompts × align.group)"
     if align.rollouts and align.expected > align.new_tokens:

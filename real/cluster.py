@@ -252,7 +252,7 @@ def _child(number: int, device: int, parent: int, port: int, plan: Plan, complai
 
 def _of_others(error: BaseException) -> bool:
     """Whether it is other ranks that fell: gloo's words for a lost peer, or a checkpoint that failed elsewhere."""
-    if isinstance(error, CheckpointException) and dist.get_rank() not in error.failures:
+    if isinstance(error, CheckpointException) and dist.is_initialized() and dist.get_rank() not in error.failures:
         return True
     return any(sign in str(error) for sign in PEERS)
 

@@ -133,7 +133,8 @@ class Maker:
             of, place = self._where(sample.request.prompt)
             said = self.coder.tokenizer.decode(sample.tokens[: -1 if sample.ended else None], skip_special_tokens=False)
             items.append((of.texts[place], said, of.answers[place]))
-        return [Judged(sample, *score) for sample, score in zip(made, self.judge.score(items), strict=True)]
+        told = self.judge.score(items, lambda: self.me.enter("score"))
+        return [Judged(sample, *score) for sample, score in zip(made, told, strict=True)]
 
     def close(self) -> None:
         if self.judge is not None:

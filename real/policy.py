@@ -4,9 +4,11 @@ One loop for every placement: take a batch of completions, ask what others say o
 from, and how weights get there, is a source's business.
 """
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +29,7 @@ from real.roles import Lead, bridge
 from real.rollout import Engine
 from real.samples import Journal, Judged, Pool
 from real.scoring import Scorers
+from real.stage import sha256
 from real.sync import Moved, Sync, travelling
 
 
@@ -136,7 +139,8 @@ class Policy(Alignment):
         """What the policy's loss is divided by, over all ranks."""
         if self.align.loss in ("dapo", "ppo"):
             return max(1.0, float(rows.mask.sum()))
-        return float(len(rows) * (self.align.new_tokens if self.align.loss == "dr_grpo" else 1))
+        sound = max(1, int((rows.mask.sum(1) > 0).sum()))
+        return float(sound * (self.align.new_tokens if self.align.loss == "dr_grpo" else 1))
 
     def _loss(self, rows: Rows) -> Sum:
         align, logp = self.align, self.policy.logp(rows, self.align.temperature)
@@ -195,7 +199,8 @@ class Policy(Alignment):
         found = self.source.ask([(-1 - i, 0) for i in range(count)])
         rewards = [judged.reward for judged in found]
         if self.align.reward == "model":
-            rewards = self.scorers.rewards(_rows(found, self.policy.even)).tolist()
+            filled = [found[i % count] for i in range(count + -count % self.learning.dp)]  # every trainer has as many
+            rewards = self.scorers.rewards(_rows(filled, self.policy.even)).tolist()[:count]
         sound = [reward for reward in rewards if math.isfinite(reward)]
         value = float(np.mean(sound)) if sound else math.nan
         if rank() == 0:
@@ -266,11 +271,19 @@ class Apart:
         self.lead, self.generators = trainer.lead, plan.roles.generators
         self.sync = Sync(align, dtype_of(plan), bridge(plan) if self.lead else None, lead=self.lead is not None)
         self.pool = Pool(align.prompts, align.group, align.lag, align.steps, align.stale == "discard" and align.placement == "async")
-        self.journal = Journal(trainer.start.folder / "samples.jsonl") if self.lead else None
+        self.journal = Journal(trainer.start.folder / f"samples-{self._origin()}.jsonl") if self.lead else None
         self.asked = dict[Wanted, Judged]()  # what was made for an evaluation
         folder = trainer.start.folder / "tokens"
         self.held_out = len(prompts.read(digits.align_of(plan, folder), folder / "tokenizer.json").held_out)
         self.recalled = False
+
+    def _origin(self) -> str:
+        """Digest of what completions are made of: another file of prompts, tokenizer or base has a journal of its own."""
+        start, plan = self.trainer.start, self.trainer.plan
+        folder = start.folder / "tokens"
+        file = digits.align_of(plan, folder).data
+        told = f"{sha256(Path(file or ''))} {sha256(folder / 'tokenizer.json')} {plan.align.template} {start.base}"
+        return hashlib.blake2b(told.encode(), digest_size=5).hexdigest()
 
     @property
     def discarded(self) -> float:
@@ -285,12 +298,11 @@ class Apart:
         if not self.recalled:
             self._recall(step)
         self._give(self.pool.missing(self.pool.admit(step)))
+        used = set(self.pool.used)
         while True:
-            used, discarded = set(self.pool.used), self.pool.discarded
-            found = self.pool.take(step)
-            if self.pool.used != used:
+            discarded = self.pool.discarded
+            if (found := self.pool.take(step)) is not None:
                 self.journal.took(step, self.pool.used - used, self.pool.discarded)
-            if found is not None:
                 self.pool.forget()
                 return found
             if self.pool.discarded != discarded:

@@ -1,12 +1,15 @@
 """Learning from preferences: DPO, and reward models. A pair is two rows, the chosen one first; a loss looks at both."""
 
+import hashlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from conf.files import commit
 from conf.plan import Plan
 from real import parallel
 from real.alignment import STAGE, Alignment, Told
@@ -17,6 +20,7 @@ from real.objectives import Sum, bradley_terry, dpo, sequence
 from real.pairs import Pairs
 from real.pretrain import Start
 from real.scoring import Scorers, last_of
+from real.stage import Manifest
 
 MOST = 1024  # held-out pairs that an evaluation looks at
 
@@ -94,7 +98,7 @@ class Preferences(Alignment):
 
     def _precomputed(self, pairs: Pairs, split: str) -> Tensor:
         """What the start says of every pair, asked once and kept in a file."""
-        path = self.start.folder / f"reference-{split}.npy"
+        path = self.start.folder / f"reference-{split}-{self._origin()}.npy"
         if not path.is_file():
             found = torch.zeros(len(pairs), 2, dtype=torch.float64)
             reference = Network(self.learning, self.axes, self.timeline, self.start.base)
@@ -104,9 +108,14 @@ class Preferences(Alignment):
                 self._put(found, some, self._summed(told, mine).view(-1, 2))
             found = self._gathered(found)
             if rank() == 0:
-                np.save(path, found.numpy())
+                commit(path, lambda temporary: _save(temporary, found))
             return found.float()
         return torch.from_numpy(np.load(path)).float()
+
+    def _origin(self) -> str:
+        """Digest of what the reference was asked of, and which one."""
+        shards = [output["sha256"] for output in Manifest.read(self.start.folder / "tokens").outputs]
+        return hashlib.blake2b(f"{shards} {self.start.base} {self.align.loss}".encode(), digest_size=5).hexdigest()
 
     def _rows_alone(self, pairs: Pairs, which: Sequence[int]) -> Rows:
         places = [place for pair in which for place in (2 * pair, 2 * pair + 1)]
@@ -153,6 +162,11 @@ class Preferences(Alignment):
                 self.record.observe(STAGE, name, value, self.done)
         self.say(f"held-out accuracy {share:.1%} ± {error:.1%} on {count} pairs of {len(set(asked['question']))} questions after "
                  f"step {self.done}; the longer answer is the chosen one in {longer:.1%}")  # fmt: skip
+
+
+def _save(path: Path, found: Tensor) -> None:
+    with path.open("wb") as file:
+        np.save(file, found.numpy())
 
 
 def _right(margins: Tensor) -> Tensor:

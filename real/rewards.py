@@ -122,8 +122,8 @@ class Judge:
         self._process: subprocess.Popen[bytes] | None = None
         self._start()
 
-    def score(self, items: Sequence[tuple[str, str, str]]) -> list[Score]:
-        """Of each (prompt, completion, answer)."""
+    def score(self, items: Sequence[tuple[str, str, str]], beat: Callable[[], None] = lambda: None) -> list[Score]:
+        """Of each (prompt, completion, answer); `beat` is called after each, so that whoever waits can say that he lives."""
         done = list[Score]()
         while len(done) < len(items):
             try:
@@ -134,8 +134,10 @@ class Judge:
                 self._pipe.send(list(items[len(done) :]))
             while len(done) < len(items) and (found := self._answer(self.timeout)) is not None:
                 done.append(Score(*found))
+                beat()
             if len(done) < len(items):
                 done.append(Score(math.nan, self._end()))
+                beat()
         return done
 
     def _start(self) -> None:

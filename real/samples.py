@@ -94,7 +94,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         self.file = path.open("a")
+        self.file.write("\n" if torn else "")  # what follows a crash's half line starts on one of its own
 
     def write(self, found: Iterable[Judged]) -> None:
         self.file.writelines(json.dumps(_plain(judged)) + "\n" for judged in found)
@@ -108,10 +110,10 @@ class Journal:
     def recall(self, pool: Pool, step: int) -> int:
         """Fill a pool with what was accepted and not trained on before `step`; returns how many completions. A torn last line is left."""
         rows = [row for line in self.path.read_text().splitlines() if (row := _read(line)) is not None]
-        for row in rows:
-            if "step" in row and row["step"] < step:
-                pool.used |= set(row["prompts"])
-                pool.discarded = row["discarded"]
+        last = {row["step"]: row for row in rows if "step" in row and row["step"] < step}  # a step done again counts as done last
+        for row in last.values():
+            pool.used |= set(row["prompts"])
+            pool.discarded = max(pool.discarded, row["discarded"])
         if not pool.discards:
             pool.used = set(range(step * pool.prompts))
         found = sum(pool.accept(_judged(row)) for row in rows if "step" not in row)

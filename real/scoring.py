@@ -1,5 +1,6 @@
 """What others say of the rows that a policy trains on: its reference, and a reward model; here, or on ranks of their own."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from real import checkpoint
 from real.alignment import Alignment, Rank
 from real.cluster import device, rank
 from real.learner import Network, Rows
+from real.model import Decoder
 from real.pretrain import Start
 from real.roles import Follow, Lead
 
@@ -23,6 +25,11 @@ def last_of(values: Tensor, mask: Tensor) -> Tensor:
     """The number at the last token of each row [N], which the one after its last target's place is."""
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     return values.gather(1, (last + 1).clamp(max=mask.shape[1] - 1).unsqueeze(1)).squeeze(1)
+
+
+def temperature_of(plan: Plan) -> float:
+    """At which all log-probabilities are taken: that of sampling where there is any."""
+    return plan.align.temperature if plan.align.rollouts else 1.0
 
 
 def judge_of(plan: Plan) -> Path | None:
@@ -36,13 +43,18 @@ def judge_of(plan: Plan) -> Path | None:
     if not Path(folder).is_dir():
         raise Refused(f"align.reward_model={folder} is no folder; name that of a run with align=reward")
     path, _ = checkpoint.find(Path(folder))
-    shapes, vocab = checkpoint.shapes(path), plan.model.vocab
-    if "model.score.weight" not in shapes:
+    there = checkpoint.shapes(path)
+    if "model.score.weight" not in there:
         raise Refused(f"align.reward_model={folder}: {path.name} is no reward model's; name the folder of a run with align=reward")
-    have = shapes["model.embed_tokens.weight"]
-    if have != (vocab, plan.model.hidden):
-        raise Refused(f"align.reward_model={folder} has embeddings {have}, the policy ({vocab}, {plan.model.hidden}): another vocabulary "
-                      "or width; train one on this model with align=reward")  # fmt: skip
+    with torch.device("meta"):
+        model = Decoder(plan.model)
+        model.judge()
+    for name, parameter in model.named_parameters():
+        if there.get(f"model.{name}") != tuple(parameter.shape):
+            raise Refused(f"align.reward_model={folder} has {name} of {there.get(f'model.{name}', 'no')} elements, the policy "
+                          f"{tuple(parameter.shape)}: another vocabulary or shape; train one on this model with align=reward")  # fmt: skip
+    if extra := {name for name in there if name.startswith("model.layers.")} - {f"model.{name}" for name, _ in model.named_parameters()}:
+        raise Refused(f"align.reward_model={folder} has {min(extra)}, the policy has no such layer; train one on this model")
     return path
 
 
@@ -52,7 +64,7 @@ class Scorers:
     def __init__(self, trainer: Alignment, policy: Network, lead: Lead | None = None) -> None:
         self.trainer, self.policy, plan = trainer, policy, trainer.plan
         self.kind, self.apart = plan.align.reference, plan.roles.scorers != plan.roles.trainers
-        self.path = judge_of(plan)
+        self.path, self.temperature = judge_of(plan), temperature_of(plan)
         here = (plan.aligned, trainer.axes, trainer.timeline)
         held = not self.apart and self.kind == "model" and (plan.align.method == "dpo" or plan.align.beta > 0)
         self.model = Network(*here, trainer.start.base) if held else None
@@ -65,9 +77,12 @@ class Scorers:
             return self._remote("reference", rows)
         if self.kind == "adapter_off":
             with self.policy.unadapted():
-                return self.policy.everyone(self.policy.asked(self.policy.logp, self.policy.mine(rows), "score"), rows)
+                return self._logp(self.policy, rows)
         assert self.model is not None
-        return self.model.everyone(self.model.asked(self.model.logp, self.model.mine(rows), "score"), rows)
+        return self._logp(self.model, rows)
+
+    def _logp(self, network: Network, rows: Rows) -> Tensor:
+        return network.everyone(network.asked(lambda micro: network.logp(micro, self.temperature), network.mine(rows), "score"), rows)
 
     def rewards(self, rows: Rows) -> Tensor:
         """The reward model's number of every row, [N]."""
@@ -133,7 +148,7 @@ def serve(plan: Plan, start: Start) -> bool:
         rows = Rows(torch.from_numpy(tokens), torch.from_numpy(mask)).to(device(plan))
         if what == "reference":
             assert reference is not None
-            told = reference.asked(reference.logp, rows, "score")
+            told = reference.asked(partial(reference.logp, temperature=temperature_of(plan)), rows, "score")
         else:
             assert judge is not None
             told = last_of(judge.asked(judge.values, rows, "score"), rows.mask)

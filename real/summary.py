@@ -43,7 +43,7 @@ def aligned(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
     rows = [row for row in ledger if row["stage"] != "run"]
     found = defaultdict[str, dict[int, float]](dict)
     for row in rows:  # a step done again counts as it was done last
-        if row["step"] is not None and (row["rank"] or 0) == 0:
+        if row["step"] is not None and (row["rank"] or 0) == 0 and row["value"] is not None:
             found[row["quantity"]][row["step"]] = row["value"]
     times = sorted(found["step_time"].values())
     states = state_totals(rows)

@@ -140,7 +140,7 @@ class Sync:
             self.bridge.broadcast(torch.cat([tensor.flatten() for tensor in tensors]) if len(tensors) > 1 else tensors[0].contiguous())
             return
         (tensor,), before = tensors, self.last.get(name)
-        changed = None if before is None else (tensor != before).flatten().nonzero().squeeze(1)
+        changed = None if before is None else (_bits(tensor) != _bits(before)).nonzero().squeeze(1)
         index = torch.int32 if tensor.numel() < 2**31 else torch.int64
         wide = changed is None or len(changed) * (index.itemsize + tensor.element_size()) >= tensor.numel() * tensor.element_size()
         self.bridge.broadcast(torch.tensor([WHOLE if wide or changed is None else len(changed)], device=tensor.device))
@@ -191,8 +191,13 @@ def bits_of(tensor: Tensor) -> int:
     """A number of a tensor's bits and of their places, modulo 2^64."""
     if not tensor.numel():
         return 0
-    bits = tensor.detach().contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16).flatten().long()
+    bits = _bits(tensor).long()
     return int((bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """As whole numbers: zeros of both signs are two."""
+    return tensor.detach().contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16).flatten()
 
 
 def checksum(sums: dict[str, int]) -> int:

@@ -102,7 +102,9 @@ def test_a_queue_runs_ahead_and_no_further(align, stale, partial):
     folder, told = align("align=grpo", *words, ranks=2)
     ages = [row["value"] for row in read(folder, "ledger") if row["quantity"] == "staleness"]
     assert len(ages) == 6 and max(ages) <= 2 and told["align.staleness_max"] == max(ages)
-    versions = [json.loads(line)["versions"] for line in (folder / "samples.jsonl").read_text().splitlines() if '"versions"' in line]
+    versions = [
+        json.loads(line)["versions"] for line in next(folder.glob("samples-*.jsonl")).read_text().splitlines() if '"versions"' in line
+    ]
     assert all(sorted(one) == one for one in versions)
 
 
@@ -163,6 +165,13 @@ def test_ppo_holds_a_policy_to_its_reference_with_a_critic(align):
     assert 0 < float(held["align.coefficient"]) != pytest.approx(0.02)  # steered: the divergence is not its target
 
 
+@pytest.mark.parametrize("where", ["colocated", "split_ref"])
+def test_a_policy_begins_at_its_reference_at_any_temperature(align, where):
+    words = ["align=grpo", "align.reference=model", "align.beta=0.1", "align.temperature=1.5", "align.steps=1", "align.updates=1"]
+    _, told = align(*words, f"align.placement={where}", ranks=1 + (where == "split_ref"))
+    assert told["align.kl"] == pytest.approx(0, abs=1e-5)
+
+
 @pytest.mark.parametrize("reference", ["model", "precomputed"])
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
 def test_dpo_prefers_what_was_chosen(align, pairs, loss, reference):
@@ -189,6 +198,10 @@ def test_a_reward_model_judges_a_policy(align, pairs):
     there, split = align(*words, "align.placement=split_ref", ranks=2)
     assert alone["align.reward"] == pytest.approx(split["align.reward"], rel=1e-3)
     same(weights(here), weights(there), 1e-4)
+    words += ["align.steps=1", "train.evaluate_sequences=3"]  # which two ranks cannot share evenly
+    told = [read(align(*words, ranks=ranks)[0], "ledger") for ranks in (1, 2)]
+    rewards = [next(row["value"] for row in rows if row["quantity"] == "held_out_reward") for rows in told]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-4)
 
 
 @pytest.mark.slow
@@ -242,6 +255,9 @@ def test_a_reward_that_fails_costs_its_sample(align, tmp_path):
     )
     _, told = align(*GRPO, "align.reward=odd.py:reward")
     assert told["align.failed"] > 0 and told["align.reward"] == 1.0
+    (tmp_path / "odd.py").write_text("def reward(prompt, completion, answer):\n    return float('nan')\n")
+    _, told = align(*GRPO, "align.reward=odd.py:reward", "seed=1")
+    assert told["align.failed"] == 4 * 8 * 4 and "align.reward" not in told
 
 
 def test_mistakes_are_one_line(foretold, base, questions, pairs, tmp_path):
@@ -262,8 +278,10 @@ def test_mistakes_are_one_line(foretold, base, questions, pairs, tmp_path):
     assert "needs preferences" in refused("align=dpo", start)
     assert "leaves a role none of 1 ranks" in refused("align=grpo", start, f"align.data={questions}", "align.placement=async")
     assert "is no file" in refused("align=grpo", start, f"align.data={questions}", "align.template=nowhere.jinja")
-    assert "none of its" in refused("align=grpo", start, f"align.data={questions}", "align.reward=nobody") or True
+    assert "align.reward=nobody is no reward" in refused("align=grpo", start, f"align.data={questions}", "align.reward=nobody")
     assert "align.method=none" in refused()
+    assert "a reward model is trained whole" in refused("align=reward", start, f"align.data={pairs}", "align.tune=lora")
+    assert "steers a penalty" in refused("align=ppo", start, f"align.data={questions}", "align.beta=0", "align.kl_target=1")
     assert "mesh.pp" in refused("align=grpo", start, f"align.data={questions}", "mesh.pp=2", "cluster.gpus_per_node=2")
 
 
@@ -279,7 +297,7 @@ def test_a_kill_takes_no_accepted_sample_along(base, questions, tmp_path, victim
         _after(tmp_path, 8)
         ranks = sorted(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
         ranks = [pid for pid in ranks if b"real.rewards" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        journal = next(tmp_path.glob("runs/*/real/align/samples.jsonl"))
+        journal = next(tmp_path.glob("runs/*/real/align/samples-*.jsonl"))
         os.kill(ranks[0 if victim == "learner" else 1], signal.SIGKILL)
         before = _accepted(journal)
         out, _ = process.communicate(timeout=240)

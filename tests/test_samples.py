@@ -94,6 +94,18 @@ def test_a_journal_brings_back_what_was_not_trained_on(tmp_path: Path, discards)
     assert Journal(tmp_path / "samples.jsonl").recall(after, 1) == 2 and after.used == {0, 1} and after.begun == 4
     assert [after.ready[prompt][0].sample for prompt in (2, 3)] == [one.sample for one in found[2:]]
     assert after.ready[2][0].reward == 0.25 and after.ready[3][0].reward != after.ready[3][0].reward
+    again = Journal(tmp_path / "samples.jsonl")
+    again.write([made(8, 0, 1)])  # behind the torn line, not in it
     before = Pool(2, 1, 1, 5, discards)
-    assert Journal(tmp_path / "samples.jsonl").recall(before, 0) == 4 and not before.used  # of a checkpoint before the step
+    assert again.recall(before, 0) == 5 and not before.used  # of a checkpoint before the step
     assert [json.loads(line)["prompt"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()[:4]] == [0, 1, 2, 3]
+
+
+def test_a_step_that_was_done_again_counts_as_it_was_done_last(tmp_path: Path):
+    journal = Journal(tmp_path / "samples.jsonl")
+    journal.took(0, [0], 0)
+    journal.took(1, [1], 0)  # of a life that was lost
+    journal.took(1, [2], 3)
+    pool = Pool(1, 1, 1, 5, discards=True)
+    journal.recall(pool, 2)
+    assert pool.used == {0, 2} and pool.discarded == 3
