@@ -36,13 +36,13 @@ def dtype_of(plan: Plan) -> torch.dtype:
 
 
 def model_of(plan: Plan, base: Path | None) -> Decoder:
-    """A whole model for a generator; of adapters with their base, which need not travel."""
+    """A whole model for a generator, as it is before the first weights come: what does not travel, as the base of adapters, stays so."""
     model = Decoder(plan.model)
+    alone = plan.aligned.but(**{f"mesh.{axis}": 1 for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")})
     if plan.align.adapters:
-        alone = plan.aligned.but(**{f"mesh.{axis}": 1 for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")})
         adapters.adapt(model, alone)
-        assert base is not None
-        adapters.load_base(base, alone, [model], 0)
+    assert base is not None
+    adapters.load_base(base, alone, [model], 0)
     return model.to(device(plan), dtype_of(plan)).requires_grad_(False).eval()
 
 

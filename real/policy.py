@@ -249,7 +249,7 @@ class Here:
             engine.sleep()
         parts: list[list[Judged]] = [made] * self.size
         if dist.is_initialized():
-            self.trainer.timeline.enter("communication")
+            self.trainer.timeline.enter("idle")  # until the last of them has finished
             dist.all_gather_object(parts, made)
         return in_order([judged for part in parts for judged in part], wanted)
 

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from conf.alignment import Align
+from conf.errors import Refused
 from real.checkpoint import ADAPTER
 from real.model import Decoder
 
@@ -117,7 +118,10 @@ class Sync:
             tensor = tensor.to(self.dtype)
             sums[name] = bits_of(tensor)
             if into is not None:
-                held[name].data.copy_(tensor)
+                if bits_of(held[name].data.copy_(tensor)) != sums[name]:
+                    raise Refused(
+                        f"{name} is not in the generator what it is in the trainer: memory that changes by itself; leave this device out"
+                    )
                 sent -= tensor.numel() * tensor.element_size()
             elif self.bridge is not None and self.lead:
                 full.append(tensor.clone())  # what was gathered goes when its unit does

@@ -116,6 +116,7 @@ def test_adapters_alone_travel(align):
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", ["per_tensor", "sharded", "delta"])
 def test_every_way_to_send_weights_sends_the_same(align, sync):
     words = [*GRPO, "align.placement=disaggregated", "train.global_batch=12"]  # one trains, two generate
@@ -141,6 +142,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_a_server_elsewhere_generates_and_gets_the_weights(align, base):
     command = [sys.executable, "-c", SERVE, str(base)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as server:
@@ -173,7 +175,7 @@ def test_a_policy_begins_at_its_reference_at_any_temperature(align, where):
 
 
 @pytest.mark.parametrize("reference", ["model", "precomputed"])
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
+@pytest.mark.parametrize("loss", ["sigmoid", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ipo", "hinge"))])
 def test_dpo_prefers_what_was_chosen(align, pairs, loss, reference):
     words = ["align=dpo", f"align.loss={loss}", f"align.reference={reference}", "align.steps=12", "align.prompts=16", f"align.data={pairs}"]
     folder, told = align(*words, "align.held_out=0.2", "align.learning_rate=1e-3")
@@ -182,6 +184,7 @@ def test_dpo_prefers_what_was_chosen(align, pairs, loss, reference):
     assert told["align.accuracy"] > 0.7 and 0.5 < told["align.held_out_accuracy"] <= 1 and told["align.held_out_error"] >= 0
 
 
+@pytest.mark.slow
 def test_every_reference_says_the_same(align, pairs):
     words = ["align=dpo", "align.tune=lora", "align.rank=4", "align.steps=3", f"align.data={pairs}"]
     found = [weights(align(*words, f"align.reference={kind}")[0]) for kind in ("model", "precomputed", "adapter_off")]
@@ -190,6 +193,7 @@ def test_every_reference_says_the_same(align, pairs):
         same(found[0], other, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_reward_model_judges_a_policy(align, pairs):
     folder, told = align("align=reward", "align.steps=30", f"align.data={pairs}", "align.prompts=32", "align.learning_rate=1e-3")
     assert told["align.accuracy"] > 0.9
@@ -285,7 +289,7 @@ def test_mistakes_are_one_line(foretold, base, questions, pairs, tmp_path):
     assert "mesh.pp" in refused("align=grpo", start, f"align.data={questions}", "mesh.pp=2", "cluster.gpus_per_node=2")
 
 
-@pytest.mark.parametrize("victim", ["learner", "generator"])
+@pytest.mark.parametrize("victim", ["learner", pytest.param("generator", marks=pytest.mark.slow)])
 def test_a_kill_takes_no_accepted_sample_along(base, questions, tmp_path, victim):
     """A rank is killed between checkpoints: the run goes on to its end, and what was accepted is not made again."""
     words = [*toy.TASK, *RUN, "align=grpo", "align.steps=30", "align.placement=async", "align.staleness=2", f"start={base}",

@@ -173,7 +173,8 @@ def test_a_wrong_gradient_would_show(monkeypatch):
     """The comparison must be able to fail: with a loss that ignores half of the tensor-parallel ranks it does."""
     from real import loss
 
-    monkeypatch.setattr(loss._CrossEntropy, "backward", staticmethod(lambda ctx, grad: (ctx.saved_tensors[0] * grad, None, None, None)))
+    wrong = staticmethod(lambda ctx, grad_N: (ctx.saved_tensors[0] * grad_N.unsqueeze(-1), None, None, None))
+    monkeypatch.setattr(loss._CrossEntropy, "backward", wrong)
     assert max(differences("tiny_llama3", "tp=2")) > 1e-3
 
 
