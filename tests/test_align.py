@@ -209,8 +209,9 @@ def test_a_reward_model_judges_a_policy(align, pairs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["mesh.tp=2", "mesh.dp_shard=1 mesh.dp_replicate=2", "mesh.tp=2 mesh.dp_shard=2"])
-@pytest.mark.parametrize("method", ["grpo", "ppo", "reward"])
+@pytest.mark.parametrize(
+    ("method", "mesh"), [("grpo", "mesh.tp=2 mesh.dp_shard=2"), ("ppo", "mesh.tp=2"), ("reward", "mesh.dp_shard=1 mesh.dp_replicate=2")]
+)
 def test_every_mesh_learns_the_same(align, pairs, method, mesh):
     words = [f"align={method}", "align.steps=1", "align.updates=1", "align.reference=none", "align.beta=0"]
     words += [f"align.data={pairs}", "align.learning_rate=1e-3"] if method == "reward" else ["align.group=4"]
@@ -221,10 +222,9 @@ def test_every_mesh_learns_the_same(align, pairs, method, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_toy_is_learned(align, seed):
-    """From bad notes to nearly always right; how nearly, the lab book has."""
-    words = ["align=grpo", "align.steps=80", "align.updates=4", "align.prompts=32", "align.group=8", "align.micro_batch=64", f"seed={seed}",
+def test_a_toy_is_learned(align):
+    """From bad notes to nearly always right; how nearly, the lab book has, and of more seeds."""
+    words = ["align=grpo", "align.steps=80", "align.updates=4", "align.prompts=32", "align.group=8", "align.micro_batch=64", "seed=1",
              "align.loss=dapo", "align.clip_high=0.4"]  # fmt: skip
     folder, _ = align(*words, "align.slots=128")
     rewards = [row["value"] for row in read(folder, "ledger") if row["quantity"] == "reward"]
