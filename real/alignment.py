@@ -1,6 +1,7 @@
 """What every alignment does on a rank of the trainers: its record, its steps, its checkpoints; what is learned in them, others say."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class Told:
     line: str
 
 
-class Alignment(Rank):
+class Alignment(Rank, ABC):
     """A trainer. Subclasses make `networks`, the first of which is what the stage is for, and say what a `step` is."""
 
     networks: dict[str, Network]  # by the prefix of their tensors in a checkpoint
@@ -77,8 +78,9 @@ class Alignment(Rank):
         self.writer = checkpoint.Writer(start.folder / "checkpoints", self.whole)
         self.done = 0
 
+    @abstractmethod
     def step(self, step: int) -> Told:
-        raise NotImplementedError
+        """One batch; returns what it says of itself."""
 
     def beside(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint besides the networks'."""

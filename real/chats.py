@@ -93,20 +93,38 @@ def conversation(line: str) -> Messages:
     >>> conversation('{"prompt": "2 + 2?", "completion": "4"}')
     [{'role': 'user', 'content': '2 + 2?'}, {'role': 'assistant', 'content': '4'}]
     """
+    row = row_of(line)
+    messages = row.get("messages") or _of_history(row) or _of_pair(row)
+    if messages is None:
+        raise ValueError(f"it has {', '.join(row) or 'no field'}; messages, or prompt and completion, or question and answer are needed")
+    messages = spoken(messages)
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        raise ValueError("no assistant says anything in it: there is nothing to learn")
+    return list(messages)
+
+
+def row_of(line: str) -> dict[str, Any]:
+    """The object of a line.
+
+    Raises ValueError when it is none.
+    """
     try:
         row = json.loads(line)
     except ValueError as error:
         raise ValueError(f"it is no JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError("it is no object")
-    messages = row.get("messages") or _of_history(row) or _of_pair(row)
-    if messages is None:
-        raise ValueError(f"it has {', '.join(row) or 'no field'}; messages, or prompt and completion, or question and answer are needed")
+    return row
+
+
+def spoken(messages: Any) -> Messages:
+    """Messages that each have a role and a content.
+
+    Raises ValueError with the first that has not.
+    """
     for number, message in enumerate(messages, 1):
         if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
             raise ValueError(f"message {number} has no role and content")
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise ValueError("no assistant says anything in it: there is nothing to learn")
     return list(messages)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from conf.alignment import Align
 from conf.errors import Refused
-from real.chats import LINES, Coder, Messages, Piece, Template, held, lines
+from real.chats import LINES, Coder, Messages, Piece, Template, held, lines, row_of, spoken
 from real.shards import read_index, write_shard
 from real.stage import Manifest, Task, sha256
 
@@ -35,12 +35,7 @@ def preference(line: str) -> Preference:
     >>> preference('{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}')
     Preference(asked=[{'role': 'user', 'content': '2 + 2?'}], chosen='4', rejected='5')
     """
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"it is no JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError("it is no object")
+    row = row_of(line)
     missing = [name for name in ("chosen", "rejected") if not row.get(name)]
     if missing:
         raise ValueError(f"{missing[0]} is missing or empty")
@@ -59,20 +54,13 @@ def _asked(row: dict[str, Any]) -> Messages:
     if isinstance(history, list):
         told = [{"role": "assistant" if turn[0] == "assistant" else "user", "content": turn[1]} for turn in history]
         return told + ([{"role": "user", "content": prompt}] if prompt else [])
-    return _messages(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}] if prompt else []
-
-
-def _messages(found: list[Any]) -> Messages:
-    for number, message in enumerate(found, 1):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
-            raise ValueError(f"message {number} of it has no role and content")
-    return found
+    return spoken(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}] if prompt else []
 
 
 def _answer(found: Any, name: str) -> str:
     if isinstance(found, str):
         return found
-    if isinstance(found, list) and len(found) >= 1 and _messages(found)[-1]["role"] == "assistant":
+    if isinstance(found, list) and len(found) >= 1 and spoken(found)[-1]["role"] == "assistant":
         return str(found[-1]["content"])
     raise ValueError(f"{name} is neither text nor messages that end with the assistant's")
 

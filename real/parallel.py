@@ -71,7 +71,7 @@ def _unbuilt_model(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.finetune.method != "none" and plan.failures.restart == "replica":
         yield "fine-tuning where replicas restart alone", "set failures.restart=job"
     if plan.align.method != "none" and plan.mesh.pp * plan.mesh.cp > 1:
-        yield "an alignment over mesh.pp or mesh.cp", "set mesh.pp=1 mesh.cp=1; mesh.dp_shard, mesh.tp and mesh.ep are executed"
+        yield "an alignment over mesh.pp or mesh.cp", "set mesh.pp=1 mesh.cp=1; mesh.dp_shard and mesh.tp are executed"
     if plan.align.engine_tp > 1:
         yield f"align.engine_tp={plan.align.engine_tp}", "set align.engine_tp=1: a generator is one rank"
     if plan.train.recompute == "attention":

@@ -4,14 +4,13 @@ A line holds question or prompt with answer or completion, or messages and an an
 line would have learned the answer after.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.alignment import Align
 from conf.errors import Refused
-from real.chats import Coder, Messages, Template, held, lines
+from real.chats import Coder, Messages, Template, held, lines, row_of, spoken
 
 ASKED, ANSWERED = ("question", "prompt"), ("answer", "completion")
 
@@ -77,21 +76,16 @@ def question(line: str) -> tuple[Messages, str]:
     >>> question('{"question": "2 + 2?", "answer": 4}')
     ([{'role': 'user', 'content': '2 + 2?'}], '4')
     """
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"it is no JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError("it is no object")
+    row = row_of(line)
     messages, answer = _messages(row), _first(row, ANSWERED)
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     if messages is None or answer is None:
         missing = "an answer" if messages is not None else "a question, a prompt or messages"
         raise ValueError(f"it has {', '.join(row) or 'no field'}; {missing} is missing")
-    for number, message in enumerate(messages, 1):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
-            raise ValueError(f"message {number} has no role and content" if "messages" in row else "what it asks is no text")
+    if "messages" not in row and not isinstance(messages[0]["content"], str):
+        raise ValueError("what it asks is no text")
+    messages = spoken(messages)
     if messages[-1]["role"] == "assistant":
         raise ValueError("its last message is the assistant's; it has to be one that asks")
     if not isinstance(answer, str) or not answer.strip():
