@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
+from conf.lengths import lengths_of
 from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, Node, say
 from conf.units import Bytes, Seconds
 
@@ -84,6 +85,10 @@ class Align(Node):
         "mean length of completions that sim expects, of a lognormal cut at new_tokens; null = half of new_tokens", must=POSITIVE
     )
     sigma: float = say("standard deviation of the logarithm of the length", must=NOT_NEGATIVE)
+    lengths: Optional[str] = say(
+        "file of token counts of completions whose quantiles sim draws instead of a lognormal: FILE or FILE:COLUMN of CSV or JSON Lines, "
+        "such as the journal of samples of a run; null = the lognormal", None
+    )  # fmt: skip
     growth: float = say("share by which completions grow in a hundred steps", must=NOT_NEGATIVE)
     source: str = say("where the numbers come from")
 
@@ -114,6 +119,9 @@ class Align(Node):
     @property
     def expected(self) -> float:
         """Mean tokens of a completion that sim expects."""
+        if self.lengths:
+            seen = lengths_of(self.lengths)
+            return sum(min(count, self.new_tokens) for count in seen) / len(seen)
         return self.new_tokens / 2 if self.mean_tokens is None else self.mean_tokens
 
     @property
@@ -199,9 +207,23 @@ def _rollouts(align: Align) -> Iterator[str]:
         yield f"align.kl_target={align.kl_target} steers a penalty that there is none of; set align.beta=0.02 align.reference=model"
     if align.rollouts and align.sequences % align.updates:
         yield f"align.updates={align.updates} must divide the {align.sequences} completions of a step (align.prompts × align.group)"
-    if align.rollouts and align.expected > align.new_tokens:
+    if align.rollouts and (align.mean_tokens or 0) > align.new_tokens:
         yield f"align.mean_tokens={align.mean_tokens} is above align.new_tokens={align.new_tokens}, which no completion passes; lower it"
+    yield from _lengths(align)
     if align.generator and not align.apart:
         yield "align.generator names a server, which generates apart from the trainers; set align.placement=disaggregated or async"
     if align.reward == "model" and align.reward_model is None and align.rollouts:
         yield "align.reward=model needs align.reward_model=FOLDER, a run whose alignment trained one (align=reward)"
+
+
+def _lengths(align: Align) -> Iterator[str]:
+    """A file of lengths that can be read, and nothing beside it that says the same."""
+    if not align.lengths or not align.rollouts:
+        return
+    if align.mean_tokens is not None:
+        yield (f"align.lengths={align.lengths} and align.mean_tokens={align.mean_tokens:g} both say how long completions are; "
+               "set align.mean_tokens=null")  # fmt: skip
+    try:
+        lengths_of(align.lengths)
+    except ValueError as error:
+        yield str(error)

@@ -12,6 +12,7 @@ from typing import Any, Optional
 
 from conf.alignment import Align, Roles, roles
 from conf.duration import Lasting
+from conf.lengths import file_of
 from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, Node, say
 from conf.units import (
     BitRate,
@@ -749,7 +750,7 @@ class Plan(Node):
 
     @cached_property
     def id(self) -> str:
-        """Digest of every value, the profile's content included; it starts with a letter, so no tool reads a number."""
+        """Digest of every value, the content of profile, hours and lengths included; it starts with a letter, so no tool reads a number."""
         values = dataclasses.asdict(self)
         del values["published"]
         if not self.crawl.seeds:
@@ -758,6 +759,10 @@ class Plan(Node):
             del values["finetune"]
         if self.align.method == "none":
             del values["align"]
+        elif self.align.lengths:
+            values["align"]["lengths"] = digest(file_of(self.align.lengths)[0]) + file_of(self.align.lengths)[1]
+        else:
+            del values["align"]["lengths"]
         values["profile"] = digest(Path(self.profile)) if self.profile else None
         values["grid"]["hourly"] = digest(Path(self.grid.hourly)) if self.grid.hourly else None
         text = json.dumps(values, sort_keys=True)

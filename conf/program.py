@@ -243,7 +243,7 @@ def _typed() -> Any:
 
 
 _PATHS = ("data.path", "profile", "grid.hourly", "finetune.data", "finetune.template", "align.data", "align.template",
-          "align.reward_model")  # fmt: skip
+          "align.reward_model", "align.lengths")  # fmt: skip
 
 
 def _quoted(arg: str) -> str:

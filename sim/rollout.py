@@ -24,6 +24,7 @@ import simpy
 
 from conf.alignment import Align
 from conf.arithmetic import embedding_parameters, layers_parameters, matmul_parameters, query_width, routed_parameters, value_width
+from conf.lengths import lengths_of
 from conf.plan import Plan
 from sim.cluster import Course
 from sim.kernels import Array, Device, rates
@@ -135,12 +136,21 @@ def _links(plan: Plan, device: Device, counts: Array) -> Array:
 
 
 def lengths(align: Align, count: int, step: int, dice: np.random.Generator) -> Array:
-    """Tokens of so many completions of a step: the even quantiles of a lognormal cut at new_tokens whose mean grows with the steps, in
-    an order by chance. So the mean and the tail of every step are those of the law, and only who gets which is drawn."""
-    mean = min(align.expected * (1 + align.growth * step / 100), align.new_tokens)
-    centre = _centre(mean, align.sigma, align.new_tokens)
-    drawn = np.minimum(np.exp(centre + align.sigma * _even(count)), align.new_tokens)
-    return np.asarray(dice.permutation(np.maximum(1, np.rint(drawn)).astype(int)))
+    """Tokens of so many completions of a step: the even quantiles of a law cut at new_tokens that grows with the steps, in an order by
+    chance. So the mean and the tail of every step are those of the law, and only who gets which is drawn. The law is what was seen
+    (align.lengths), or else a lognormal with the mean that is expected."""
+    grown = 1 + align.growth * step / 100
+    law = grown * seen(align.lengths, count) if align.lengths else _lognormal(align, min(grown * align.expected, align.new_tokens), count)
+    return np.asarray(dice.permutation(np.maximum(1, np.rint(np.minimum(law, align.new_tokens))).astype(int)))
+
+
+def seen(said: str, count: int) -> Array:
+    """So many even quantiles of the lengths in a file, each of them one that was seen: as many as it has are the file itself."""
+    return np.quantile(lengths_of(said), (np.arange(count) + 0.5) / count, method="inverted_cdf")
+
+
+def _lognormal(align: Align, mean: float, count: int) -> Array:
+    return np.asarray(np.exp(_centre(mean, align.sigma, align.new_tokens) + align.sigma * _even(count)))
 
 
 @cache

@@ -119,6 +119,53 @@ def test_lengths_have_the_mean_that_the_plan_expects(mean, sigma):
     assert grown.mean() == pytest.approx(1.1 * mean, rel=5e-3)
 
 
+def test_lengths_that_were_seen_keep_their_tail(tmp_path):
+    """As many completions as the file has are the file; more or fewer have its quantiles, growth scales them, and new_tokens cuts them."""
+    counts = [3, 5, 8, 13, 21, 34, 900, 5000]
+    (tmp_path / "seen.csv").write_text("id,made\n" + "".join(f"{i},{count}\n" for i, count in enumerate(reversed(counts))))
+    own = plan_of("align.mean_tokens=null", f"align.lengths={tmp_path / 'seen.csv'}:made", "align.new_tokens=2000")
+    drawn = lengths(own.align, 8, 0, np.random.default_rng(1))
+    assert sorted(drawn) == [*counts[:-1], 2000] and own.align.expected == np.mean(sorted(drawn))
+    assert sorted(lengths(own.align.but(growth=1.0), 8, 100, np.random.default_rng(1))) == [2 * count for count in counts[:-2]] + [
+        1800,
+        2000,
+    ]
+    assert lengths(own.align, 4096, 0, np.random.default_rng(1)).mean() == own.align.expected
+    (tmp_path / "samples.jsonl").write_text('{"step": 0, "prompts": [1]}\n' + "".join(
+        json.dumps({"tokens": list(range(count)), "reward": 1.0}) + "\n" for count in counts))  # fmt: skip
+    journal = own.but(**{"align.lengths": str(tmp_path / "samples.jsonl")})
+    assert journal.align.expected == own.align.expected and live(journal).tokens == live(own).tokens
+    before = own.id
+    (tmp_path / "seen.csv").write_text("made\n7\n")
+    assert plan_of("align.mean_tokens=null", f"align.lengths={tmp_path / 'seen.csv'}").id != before  # what the file holds is in the id
+
+
+@pytest.mark.parametrize(("content", "column", "said"), [
+    (None, "", "is no file"), ("", "", "holds no token counts"), ("made\n", "", "holds no token counts"),
+    ("a,b\n1,2\n", "", "has the columns a, b; choose one with"), ("a,b\n1,2\n", ":c", "is no column of the file; it has a, b"),
+    ("made\n12\nmany\n", "", "line 3: 'many' is no count of tokens"), ("12\n-1\n", "", "line 2: -1 is no count of tokens"),
+    ('{"tokens": 3}\n{"text": "x"}\n', "", "line 2 has no tokens; it has text"), ('{"tokens": 3}\n{"tok', "", "line 2: "),
+])  # fmt: skip
+def test_a_file_of_lengths_that_is_none_is_one_line(foretold, tmp_path, content, column, said):
+    if content is not None:
+        (tmp_path / "seen").write_text(content)
+    status, _, err = foretold("sim", *GRPO, "align.mean_tokens=null", f"align.lengths={tmp_path / 'seen'}{column}")
+    assert status == 2 and said in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(not SERVING.is_dir(), reason="needs ../shared/data/serving")
+def test_measured_lengths_have_a_longer_tail_than_their_lognormal():
+    """Answers of a public service (Splitwise, 19,366 conversations): a lognormal of the same mean misses what the file says."""
+    file = SERVING / "splitwise_conv.csv"
+    own = plan_of("align.mean_tokens=null", f"align.lengths={file}:num_decode_tokens")
+    seen = pd.read_csv(file)["num_decode_tokens"]
+    drawn = lengths(own.align, 2048, 0, np.random.default_rng(1))
+    for quantile in (0.1, 0.5, 0.9, 0.99):
+        assert np.quantile(drawn, quantile) == pytest.approx(seen.quantile(quantile), rel=0.02, abs=1)
+    assert drawn.mean() == pytest.approx(seen.mean(), rel=0.01)
+    assert live(own).tail > 0
+
+
 # -- the loop
 
 
