@@ -9,6 +9,7 @@ from analysis.compare import STAGES
 from analysis.pair import Pair, Side
 from conf.hourly import dated
 from conf.plan import Plan
+from conf.record import QUANTITIES
 from conf.units import show
 
 _BEGIN_AND_END = ("start", "end")
@@ -24,7 +25,7 @@ class Shown(NamedTuple):
 
 
 def figures(pair: Pair) -> list[Shown]:
-    makers = (_loss, _step_time, _timeline, _power, _grid, _time, _money, _carbon)
+    makers = (_loss, _step_time, _timeline, _power, _grid, _time, _ages, _money, _carbon)
     return [shown for make in makers if (shown := make(pair))]
 
 
@@ -118,6 +119,16 @@ def _grid(pair: Pair) -> Shown | None:
     mean = sum(energy * grams for energy, (_, grams) in zip(energies, points, strict=False)) / sum(energies)
     caption = f"Hourly intensity of the grid, {dated(pair.plan)['grid']}; a joule of this run emits as much as {mean:.3g} gCO2e/kWh."
     return Shown("How dirty the grid is", caption, plot.intensity(points, mean))
+
+
+def _ages(pair: Pair) -> Shown | None:
+    names = [name for name in QUANTITIES if name.startswith("stale_")]
+    found = {who: {name.removeprefix("stale_"): share for name in names if (share := side.value(f"align.{name}")) is not None}
+             for who, side in _named_sides(pair).items()}  # fmt: skip
+    if not any(found.values()):
+        return None
+    caption = "Shares of samples by the updates of the weights between their start and their training."
+    return Shown("How old samples are", caption, plot.ages({who: shares for who, shares in found.items() if shares}))
 
 
 def _over_time(side: Side, quantity: str) -> list[tuple[float, float]]:

@@ -124,6 +124,23 @@ def bars(rows: Mapping[str, tuple[float, str]], name: str, unit: str) -> str:
     return svg(name, draw, 0.55 + 0.38 * len(rows))
 
 
+def ages(shares_: Mapping[str, Mapping[str, float]]) -> str:
+    """Shares of samples by age, side by side; `shares_` maps "predicted" or "measured" → age → share."""
+    order = list(dict.fromkeys(age for told in shares_.values() for age in told))
+
+    def draw(axes: Axes) -> None:
+        for side, colour, shift in (("predicted", PREDICTED, -0.2), ("measured", MEASURED, 0.2)):
+            if told := shares_.get(side):
+                axes.bar([place + shift for place in range(len(order))], [100 * told.get(age, 0.0) for age in order], width=0.38,
+                         color=colour, label=side)  # fmt: skip
+        axes.set_xticks(range(len(order)), order)
+        axes.set_xlabel("updates")
+        axes.set_ylabel("% of samples")
+        legend(axes)
+
+    return svg("ages", draw, 2.4)
+
+
 def timeline(spans: Spans, marks: Marks) -> str:
     """A lane for each stage and each kind of event; in a lane, what was predicted above what was measured.
 

@@ -1,11 +1,12 @@
 """Alignment in the plan: what is learned from preferences or rewards, and which ranks hold which role."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
 from conf.lengths import lengths_of
 from conf.node import NOT_NEGATIVE, POSITIVE, SHARE, Node, say
+from conf.record import AGES
 from conf.units import Bytes, Seconds
 
 PREFERENCES = ("reward", "dpo")  # methods that learn from pairs
@@ -153,6 +154,20 @@ def roles(align: Align, ranks: int) -> Roles:
         first = ranks - round(align.score_share * ranks)
         return Roles(range(first), range(first), range(first, ranks))
     return Roles(everyone, everyone, everyone)
+
+
+def ages(found: Sequence[int], lag: int) -> dict[str, float]:
+    """Shares of samples by the updates of the weights between their start and their training, under their names in the record; nothing
+    where they cannot differ.
+
+    >>> ages([0, 1, 1, 1], 2)
+    {'stale_0': 0.25, 'stale_1': 0.75, 'stale_2': 0.0}
+    """
+    if not lag:
+        return {}
+    names = [f"stale_{age}" if age < AGES else "stale_more" for age in found]
+    return {name: names.count(name) / len(names) for name in (*(f"stale_{age}" for age in range(min(lag + 1, AGES))),
+                                                              *(("stale_more",) if lag >= AGES else ()))}  # fmt: skip
 
 
 def problems(align: Align, ranks: int, one: int) -> list[str]:

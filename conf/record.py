@@ -27,6 +27,7 @@ from conf.units import read as read_quantity
 STATES = ("init", "compute", "communication", "bubble", "data", "optimizer", "evaluate", "checkpoint", "detect", "abort",
           "diagnose", "reallocate", "load", "replay", "paused", "generate", "score", "logprob", "sync", "queue", "idle")  # fmt: skip
 
+AGES = 9  # ages of samples that are told apart: 0 to 8 updates
 # quantity: (unit, meaning); the same name means the same in every stage
 QUANTITIES: dict[str, tuple[str, str]] = {
     "step_time": ("s", "wall clock of one optimizer step, median"),
@@ -132,6 +133,8 @@ QUANTITIES: dict[str, tuple[str, str]] = {
     "tail": ("1", "share of generation in which an engine has less than a tenth of its completions left"),
     "staleness_mean": ("count", "updates of the weights between a sample's start and its training, mean"),
     "staleness_max": ("count", "the same, most"),
+    **{f"stale_{age}": ("1", f"share of samples whose training began {age} updates of the weights after them") for age in range(AGES)},
+    "stale_more": ("1", f"the same, {AGES} or more"),
     "discarded": ("1", "share of samples that were thrown away because they were too old"),
     "preempted": ("1", "times that a sample gave way in a full cache, a sample"),
     "sync_bytes": ("B", "bytes that a generator is sent in a sync"),

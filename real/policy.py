@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from conf.alignment import ages
 from conf.errors import Refused
 from conf.plan import Plan
 from real import digits, objectives, prompts
@@ -178,6 +179,7 @@ class Policy(Alignment):
                 "staleness_mean": float(np.mean([step - judged.born for judged in found])),
                 "discarded": self.source.discarded, "tokens": float(sum(map(_length, found))),
                 "sync_bytes": float(moved.bytes), "sync_seconds": moved.seconds}  # fmt: skip
+        told |= ages([step - judged.born for judged in found], self.align.lag)
         told |= {"kl": kl} if self.held else {}
         told |= {"value_loss": float(np.mean(values))} if values else {}
         why = next((judged.why for judged in found if judged.why), "")

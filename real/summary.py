@@ -58,6 +58,7 @@ def aligned(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
     if ages := found["staleness"].values():
         told |= {"staleness_max": max(ages), "staleness_mean": statistics.fmean(found["staleness_mean"].values())}
         told["discarded"] = max(found["discarded"].values())
+        told |= {name: statistics.fmean(found[name].values()) for name in found if name.startswith("stale_")}
     for name in ("held_out_accuracy", "held_out_error", "longer_wins", "held_out_reward"):
         told |= {name: found[name][max(found[name])]} if found[name] else {}
     for name in ("reward", "accuracy", "kl", "completion_tokens", "sync_bytes", "sync_seconds"):  # noise of a step averages out

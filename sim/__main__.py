@@ -219,6 +219,7 @@ def table(plan: Plan, quantities: Mapping[str, Mapping[str, Any]]) -> str:
         lines += ["", title] if known else []
         lines += [f"  {_words(name):22} {_shown(quantities[name]):21}   {_published(plan, name)}".rstrip() for name in known]
         lines += [_parts(quantities)] if "pretrain.peak_memory" in known else []
+        lines += _ages(quantities) if title == "alignment" else []
     lines += [f"  {name:22} {said}" for name, said in dated(plan).items()]
     return "\n".join([*lines, "", "where the time goes", *_where(quantities), *_struck(quantities)])
 
@@ -228,6 +229,12 @@ def _parts(quantities: Mapping[str, Mapping[str, Any]]) -> str:
     sizes = {part: quantities[f"pretrain.memory_{part}"]["value"] for part in PARTS}
     shown = [part for part in sorted(PARTS, key=lambda part: -sizes[part]) if sizes[part] >= 0.01 * sum(sizes.values())]
     return f"    {'of which':20} " + ", ".join(f"{part} {show(sizes[part], 'B')}" for part in shown)
+
+
+def _ages(quantities: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many samples are how many updates old when they are trained on, where they can differ."""
+    shares = {name.removeprefix("align.stale_"): told["value"] for name, told in quantities.items() if name.startswith("align.stale_")}
+    return ["  " + f"{'of age':22} " + ", ".join(f"{age} {share:.0%}" for age, share in shares.items())] if shares else []
 
 
 def _beyond(beyond: list[str]) -> str:

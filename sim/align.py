@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import simpy
 
+from conf.alignment import ages
 from conf.plan import Plan
 from sim.cluster import Course
 from sim.kernels import rates
@@ -342,6 +343,7 @@ def _rollouts(plan: Plan) -> dict[str, float]:
         "tail": lived.tail / lived.busy,
         "staleness_mean": float(np.mean(lived.stale)),
         "staleness_max": float(max(lived.stale)),
+        **ages(lived.stale, plan.align.lag),
         "discarded": lived.discarded / max(1, lived.trained + lived.discarded),
         "preempted": lived.preempted / max(1, lived.made),
         "sync_bytes": lived.parts.sync.bytes,

@@ -102,6 +102,8 @@ def test_a_queue_runs_ahead_and_no_further(align, stale, partial):
     folder, told = align("align=grpo", *words, ranks=2)
     ages = [row["value"] for row in read(folder, "ledger") if row["quantity"] == "staleness"]
     assert len(ages) == 6 and max(ages) <= 2 and told["align.staleness_max"] == max(ages)
+    shares = [told[f"align.stale_{age}"] for age in range(3)]
+    assert sum(shares) == pytest.approx(1) and shares[1] + 2 * shares[2] == pytest.approx(told["align.staleness_mean"])
     versions = [
         json.loads(line)["versions"] for line in next(folder.glob("samples-*.jsonl")).read_text().splitlines() if '"versions"' in line
     ]

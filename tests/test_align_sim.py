@@ -11,6 +11,7 @@ import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conf.alignment import ages
 from conf.arithmetic import adapter_parameters, parameters
 from conf.program import load, vary
 from sim.align import align, live, parts
@@ -183,6 +184,9 @@ def test_nothing_is_lost_and_nothing_is_older_than_the_bound(placed, staleness, 
     lived = live(plan)
     assert lived.made == lived.trained + lived.discarded + lived.flying
     assert max(lived.stale) <= plan.align.lag and min(lived.stale) >= 0
+    shares = ages(lived.stale, plan.align.lag)
+    assert len(shares) == (plan.align.lag + 1) * (plan.align.lag > 0)
+    assert not shares or math.isclose(sum(i * share for i, share in enumerate(shares.values())), np.mean(lived.stale), abs_tol=1e-9)
     assert math.isclose(sum(lived.spent.values()), plan.ranks * lived.wall, rel_tol=1e-9)
     assert min(lived.spent.values()) > -1e-6
     assert (lived.discarded == 0) or stale == "discard"
@@ -338,6 +342,14 @@ def test_the_stage_is_told_and_costs_nothing_when_it_is_off(foretold):
     assert status == 0 and "\nalignment\n" in out and "generator utilisation" in out
     status, out, _ = foretold("sim", "json=true")
     assert status == 0 and not any(name.startswith("align.") for name in json.loads(out)["quantities"])
+
+
+def test_how_many_samples_are_how_old_is_one_line(foretold):
+    status, out, _ = foretold("sim", *GRPO, "align.placement=async", "align.staleness=2", "align.sigma=1.0")
+    (line,) = (line for line in out.splitlines() if line.startswith("  of age"))
+    shares = [int(part.split()[-1].rstrip("%")) for part in line.split(", ")]
+    assert status == 0 and len(shares) == 3 and abs(sum(shares) - 100) <= 1
+    assert ages([0, 12, 9], 12) == {f"stale_{age}": (1 / 3 if age == 0 else 0.0) for age in range(9)} | {"stale_more": 2 / 3}
 
 
 def test_a_sweep_shows_the_stage_that_it_varies(foretold, tmp_path):

@@ -379,6 +379,18 @@ def test_figures_only_where_there_is_data(runs: Path, plan: Plan) -> None:
     assert [figure.title for figure in figures(open_pair(str(runs), ""))][2:] == ["What happens when", "Where the time goes"]
 
 
+def test_ages_of_samples_stand_side_by_side(runs: Path, plan: Plan) -> None:
+    for folder, who, young in ((predict(runs, plan), "sim", 0.25), (measure(runs, plan), "real", 0.5)):
+        told = json.loads((folder / "summary.json").read_text())["quantities"]
+        kept = {name: quantity["value"] for name, quantity in told.items()}
+        summarise(folder, plan.id, who, kept | {"align.stale_0": young, "align.stale_1": 1 - young})
+    pair = open_pair(str(runs), "")
+    rows = {row.name: (row.predicted, row.measured) for row in quantities(pair) if ".stale_" in row.name}
+    assert rows == {"align.stale_0": (0.25, 0.5), "align.stale_1": (0.75, 0.5)}
+    (svg,) = (figure.svg for figure in figures(pair) if figure.title == "How old samples are")
+    assert svg.count("% of samples") == 1 and "predicted" in svg and "measured" in svg
+
+
 def test_profile_is_shown(both: Path, plan: Plan) -> None:
     profile = Profile("bench", "x86_64 Linux", "2026-11-22", "fp32", 2, {"matmul.rate": Parameter(8.1e10, "FLOP/s", 1.2e9)})
     (both / plan.id / "real" / "profile.yaml").write_text(profile_yaml(profile))
