@@ -257,8 +257,10 @@ def _failures(plan: Plan) -> Iterator[str]:
         yield f"failures.spikes.skip={spikes.skip} ends before the spike, which is rewind={spikes.rewind} steps ahead; make it larger, or 0"
     if plan.failures.infant < 1:
         yield f"failures.infant={plan.failures.infant} would make new machines the better ones; it must be 1 or more"
-    if plan.failures.causes and steps is not None and checkpoint.every > steps > 0:
-        yield f"checkpoint.every={checkpoint.every} is longer than the run, train.steps={steps}; lower it, or set 0 to save only at the end"
+    aligned = plan.align.steps if plan.align.method != "none" else 0
+    if plan.failures.causes and steps is not None and checkpoint.every > max(steps, aligned) > 0:
+        which = f"align.steps={aligned}" if aligned > steps else f"train.steps={steps}"
+        yield f"checkpoint.every={checkpoint.every} is longer than the run, {which}; lower it, or set 0 to save only at the end"
     if checkpoint.local_every and cluster.local_bandwidth is None:
         yield f"checkpoint.local_every={checkpoint.local_every} needs disks in the servers; set cluster.local_bandwidth, as in '10 GB/s'"
 

@@ -53,6 +53,8 @@ def aligned(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
         rate = sum(found["tokens"].values()) / sum(times)
         told |= {"step_time": Value(statistics.median(times), times[len(times) // 10], times[len(times) * 9 // 10]),
                  "tokens_per_s": rate, "tokens_per_s_per_gpu": rate / plan.ranks} | _shares(plan, rows)  # fmt: skip
+        stops = sum(event["event"] == "failure" for event in events)
+        told |= {"goodput": sum(times) / wall, "interruptions": stops} if stops or plan.failures.causes else {}
     told |= {"checkpoint_bytes": max(found["checkpoint_bytes"].values())} if found["checkpoint_bytes"] else {}
     told |= {"failed": sum(found["failed"].values())} if found["failed"] else {}
     if ages := found["staleness"].values():

@@ -63,7 +63,8 @@ SHOWN = {
                   "align.logprob_time", "align.train_time", "align.sync_time", "align.queue_time", "align.idle_time",
                   "align.generator_utilisation", "align.trainer_utilisation", "align.tail", "align.staleness_mean", "align.staleness_max",
                   "align.discarded", "align.preempted", "align.trainer_memory", "align.generator_memory", "align.scorer_memory",
-                  "align.sync_bytes", "align.sync_seconds", "align.seconds", "align.cost", "align.energy"),
+                  "align.sync_bytes", "align.sync_seconds", "align.goodput", "align.interruptions", "align.lost",
+                  "align.seconds", "align.cost", "align.energy"),
     "the run": (
         "run.wall_clock",
         "run.tokens",

@@ -9,11 +9,11 @@ Two kitchens: one bakes what the other has mixed. Who may mix how far ahead is t
 A batch is prompts × group completions, and trained when all of it is there (discarding: when as many are there, oldest first). Then come
 log-probabilities and scores, the updates, and the sync of the weights, for which engines stand still: at once, and read again what they had
 begun (partial), or when it is done. The window that is simulated is long enough for the queue to settle; its lengths are those of steps
-spread evenly over the run. Failures are left out, as in fine-tuning.
+spread evenly over the run. What strikes the run of such steps is in alignment.py.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush, heapreplace
@@ -24,6 +24,7 @@ import simpy
 
 from conf.alignment import ages
 from conf.plan import Plan
+from sim.alignment import run
 from sim.cluster import Course
 from sim.kernels import rates
 from sim.pace import Pace, pace
@@ -302,16 +303,36 @@ def _conserve(lived: Lived, learner: float) -> None:
 # -- quantities
 
 
-def align(plan: Plan) -> dict[str, float]:
-    """Quantities of the stage; none where it is off. They are the same in every life, and worked out once."""
+def align(plan: Plan, seed: int | None = None) -> dict[str, float]:
+    """Quantities of the stage; none where it is off. Its steps are the same in every life, and worked out once; what strikes it is not."""
     if plan.align.method == "none":
         return {}
     if plan.id not in _told_of:
         _told_of[plan.id] = _rollouts(plan) if plan.align.rollouts else _preferences(plan)
-    return dict(_told_of[plan.id])
+    told = _told_of[plan.id]
+    return told | (_struck(plan, told, seed) if plan.failures.causes else {})
 
 
 _told_of: dict[str, dict[str, float]] = {}
+
+
+def _struck(plan: Plan, told: Mapping[str, float], seed: int | None) -> dict[str, float]:
+    """The stage in a life with faults: its length with what checkpoints and falls take, when its devices stand."""
+    step, quiet = told["step_time"], told["seconds"]
+    waited = told.get("queue_time", 0.0) * plan.ranks / len(plan.roles.trainers) if plan.align.apart else 0.0
+    ran = run(plan, step, 1 - waited / step, seed)
+    filling = quiet - rates(plan).init - plan.align.steps * step  # by which the first batches take longer than later ones
+    seconds = ran.wall + filling
+    working, standing = ran.useful + ran.replayed + filling, seconds - ran.useful - ran.replayed - filling
+    watts = Meter(plan, {"compute": 1.0}).watts({"init": 1.0})
+    return {
+        "seconds": seconds,
+        "cost": told["cost"] * seconds / quiet,
+        "energy": told["energy"] * working / quiet + watts * standing,
+        "goodput": ran.useful / seconds,
+        "lost": ran.lost,
+        "interruptions": float(ran.interruptions),
+    }
 
 
 def _preferences(plan: Plan) -> dict[str, float]:

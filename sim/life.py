@@ -38,6 +38,7 @@ class History:
     falls: Mapping[str, int] = field(default_factory=dict)  # by cause
     lost: Mapping[str, float] = field(default_factory=dict)  # wall clock on the way back up and over old ground, by cause [s]
     resized: bool = False
+    seed: int | None = None  # of its weather; none = the plan's
     blocked: float = 0.0  # time that training waits for one checkpoint [s]
     trained: float = 0.0  # wall clock of pre-training [s]
 
@@ -65,7 +66,7 @@ def live(plan: Plan, seed: int | None = None, pace_: Pace | None = None, rates_:
     feed = feed_of(plan, step, meter, speed)
     meter.spells = feed.spells()
     world = World(feed.budgeted(plan), speed)
-    history = History(plan, step, world.timeline, meter, feed)
+    history = History(plan, step, world.timeline, meter, feed, seed=seed)
     collects = gc.isenabled()
     gc.disable()  # a life keeps all that it makes: the collector would look through it again and again
     try:

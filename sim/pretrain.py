@@ -282,12 +282,14 @@ class Pretraining:
         left = self.deadline - self.world.now
         reached = math.ceil(self.place + left / self.shape.stride - 1e-9) if left < math.inf else math.inf
         spike = self.spike if self.spike > self.place else math.inf
-        return min(self.last, reached, spike, next_due(self.step, self.plan.train.evaluate_every), self.checkpoints.next_due(self.step))
+        known = int(self.furthest) if self.pace.again != 1 and self.place < int(self.furthest) else math.inf
+        evaluation, save = next_due(self.step, self.plan.train.evaluate_every), self.checkpoints.next_due(self.step)
+        return min(self.last, reached, spike, known, evaluation, save)
 
     def _walk(self, goal: float) -> Course[None]:
         """As far as the goal, or until the pace changes or a fault strikes."""
         start, first, shape = self.world.now, self.place, self.shape
-        stride, mix, again = shape.stride, shape.mix, shape.again
+        stride, mix, again = shape.stride * (self.pace.again if first < int(self.furthest) else 1.0), shape.mix, shape.again
         self.walking, self.leg = True, (start, first, stride)
         try:
             yield self.world.env.timeout((goal - first) * stride)

@@ -24,7 +24,7 @@ def summary(history: History) -> dict[str, Value]:
     told = {f"{stage}.{name}": Value(value) for stage, values in stages.items() for name, value in values.items()}
     told |= {f"pretrain.{name}": Value(value) for name, value in pretraining(history).items()}
     told |= {f"finetune.{name}": Value(value) for name, value in finetune(history.plan, history.end).items()}
-    told |= {f"align.{name}": Value(value) for name, value in align(history.plan).items()}
+    told |= {f"align.{name}": Value(value) for name, value in align(history.plan, history.seed).items()}
     told |= {f"run.{name}": Value(value) for name, value in run(history).items()}
     bill = history.footprint.bill
     told["run.cost"] = Value(*bill.total)

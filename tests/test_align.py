@@ -311,6 +311,8 @@ def test_a_kill_takes_no_accepted_sample_along(base, questions, tmp_path, victim
         process.kill()
     assert process.returncode == 0, out
     assert "failed after step" in out and "are used again" in out, out
+    told = read_summary(journal.parent)["quantities"]
+    assert told["align.interruptions"]["value"] == 1 and 0 < told["align.goodput"]["value"] < 1
     after = _accepted(journal)
     assert before <= after and len(after) == len({(prompt, number) for prompt, number, _ in after}), "an accepted sample was made again"
     assert {(prompt, number) for prompt, number, _ in after} >= {(prompt, number) for prompt in range(30 * 8) for number in range(4)}

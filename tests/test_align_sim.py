@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,8 +14,11 @@ from hypothesis import strategies as st
 
 from conf.alignment import ages
 from conf.arithmetic import adapter_parameters, parameters
+from conf.plan import Cause
 from conf.program import load, vary
 from sim.align import align, live, parts
+from sim.alignment import run
+from sim.checkpoint import save
 from sim.kernels import rates
 from sim.memory import memory
 from sim.parallel import columns
@@ -257,6 +261,68 @@ def test_a_longer_window_says_the_same(monkeypatch):
     short = live(plan_of(*words)).step_time
     monkeypatch.setattr("sim.align.MEASURED", 24)
     assert live(plan_of(*words)).step_time == pytest.approx(short, rel=0.03)
+
+
+# -- what strikes it
+
+
+FREE = {f"failures.{phase}": 0.0 for phase in ("detect", "abort", "diagnose", "reallocate", "init")}
+
+
+def struck(mtbf, down, every, steps):
+    """A plan of so many steps under one cause without memory, and rates with which only saving takes time."""
+    plan = plan_of(f"align.steps={steps}").but(**FREE | {"failures.detect": down, "checkpoint.every": every,
+                                                         "failures.causes": {"fault": Cause(per="job", rate=1 / mtbf)}})  # fmt: skip
+    return plan, replace(rates(plan), storage_read=math.inf, load_start=0.0, load_tensor=0.0, init=0.0)
+
+
+@pytest.mark.parametrize(("mtbf", "down", "every"), [(800.0, 60.0, 20), (2000.0, 300.0, 10), (500.0, 5.0, 50)])
+def test_falls_cost_what_mathematics_says(mtbf, down, every):
+    """Failures without memory, also while it restarts, saves of C every tau: each stretch takes M e^(R / M) (e^((tau + C) / M) − 1) on
+    average (Daly 2006, equation 13)."""
+    plan, speed = struck(mtbf, down, every, 400)
+    lives = [run(plan, 10.0, seed=seed, speed=speed) for seed in range(100)]
+    walls, saves = np.array([life.wall for life in lives]), 400 // every
+    expected = saves * mtbf * math.exp(down / mtbf) * math.expm1((every * 10.0 + save(plan, speed)) / mtbf)
+    assert abs(walls.mean() - expected) < 4 * walls.std(ddof=1) / math.sqrt(len(walls)), (walls.mean(), expected)
+    assert run(plan, 10.0, seed=3, speed=speed) == lives[3] and len({life.wall for life in lives}) > 50
+
+
+def test_steps_done_again_wait_for_no_samples_where_a_journal_has_them():
+    """One fall: what is replayed are whole steps at their own pace, and the part of the step that was torn."""
+    plan, speed = struck(3000.0, 10.0, 50, 100)
+    for seed in range(40):
+        usual, quick = (run(plan, 10.0, again, seed, speed) for again in (1.0, 0.25))
+        if usual.interruptions == quick.interruptions == 1:
+            torn = usual.replayed % 10.0
+            assert quick.replayed == pytest.approx((usual.replayed - torn) * 0.25 + torn)
+            assert usual.wall - quick.wall == pytest.approx(0.75 * (usual.replayed - torn))
+    assert sum(run(plan, 10.0, 0.25, seed, speed).wall < run(plan, 10.0, 1.0, seed, speed).wall for seed in range(40)) > 10
+
+
+def test_without_causes_nothing_strikes_and_with_them_the_stage_is_told_whole():
+    quiet = plan_of("align.placement=async", "align.steps=200")
+    told = align(quiet)
+    assert not {"goodput", "lost", "interruptions"} & set(told)
+    stormy = quiet.but(**{"failures.causes": {"gpu": Cause(per="gpu", rate=1 / (16 * 2 * told["seconds"] / 10))}, "checkpoint.every": 10})
+    lives = [align(stormy, seed) for seed in range(6)]
+    for life in lives:
+        assert {name: life[name] for name in told if name not in ("seconds", "cost", "energy")} == {
+            name: value for name, value in told.items() if name not in ("seconds", "cost", "energy")}  # fmt: skip
+        assert life["seconds"] > told["seconds"] and life["seconds"] > life["lost"] + life["goodput"] * life["seconds"]
+        assert life["cost"] == pytest.approx(told["cost"] * life["seconds"] / told["seconds"])
+        assert told["energy"] < life["energy"] < told["energy"] * life["seconds"] / told["seconds"]
+    assert align(stormy, 4) == lives[4] and len({life["seconds"] for life in lives}) == len(lives)
+    assert sum(life["interruptions"] for life in lives) > 6
+
+
+def test_lives_of_an_alignment_are_told_with_their_band(foretold):
+    words = ("failures=opt_175b", "checkpoint.every=20", "align.steps=40", "replicas=8", "json=true")
+    status, out, _ = foretold("sim", *GRPO, *words, "failures.causes.host.rate='2 1/d'")
+    told = json.loads(out)["quantities"]
+    assert status == 0 and told["align.seconds"]["low"] < told["align.seconds"]["high"] and told["align.interruptions"]["high"] >= 1
+    status, _, err = foretold("sim", *GRPO, "failures=opt_175b", "checkpoint.every=50", "align.steps=40")
+    assert status == 2 and "checkpoint.every=50 is longer than the run, align.steps=40" in err
 
 
 # -- parts, sync and memory
