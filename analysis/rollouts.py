@@ -1,10 +1,10 @@
 """Published steps of reinforcement learning predicted from rows that say in words what was run: model, GPUs, placement, lengths and batch,
 and in their notes precision and the meshes of generation and training.
 
-What a row does not say follows from NeMo-RL's performance recipes: GRPO with log-probabilities of policy and reference, 32 completions
-a prompt or 16 of large models, prompts within the longest length, sequences packed into rows of that length, everything recomputed,
-optimizer states sharded over the replicas and moved to the host while others work; apart, half of the GPUs generate, and new weights
-interrupt what is written. So rows are predicted whose naive plan would not fit.
+What a row of NeMo-RL does not say follows from its performance recipes (OpenRLHF's rows are in openrlhf.py): GRPO with log-probabilities
+of policy and reference, 32 completions a prompt or 16 of large models, prompts within the longest length, sequences packed into rows of
+that length, everything recomputed, optimizer states sharded over the replicas and moved to the host while others work; apart, half of the
+GPUs generate, and new weights interrupt what is written. So rows are predicted whose naive plan would not fit.
 """
 
 import re
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+from analysis import openrlhf
 from analysis.rows import Unplayable, part_of, word
 from analysis.words import BLACKWELL, narrowest
 from conf.arithmetic import flops_per_token
@@ -55,6 +56,7 @@ class Rolled(NamedTuple):
 
 METRICS: dict[str, Callable[[Rolled], tuple[float, float]]] = {  # predicted, and by the peak alone
     "step_time_s": lambda r: (r.lived.step_time, r.ideal),
+    "seconds_per_1024_prompts": lambda r: (r.lived.step_time, r.ideal),
     "gen_s": lambda r: (r.lived.waited / r.lived.steps, r.ideal),
     "tokens/s/GPU": lambda r: (r.tokens / r.lived.step_time / r.plan.ranks, r.tokens / r.ideal / r.plan.ranks),
 }
@@ -65,11 +67,22 @@ def rolled(row: Mapping[str, Any]) -> tuple[Rolled, float, float]:
 
     Raises Unplayable with what the row does not say.
     """
+    if word(row, "metric").startswith("weight_sync"):
+        raise Unplayable("between which devices weights were sent is not said")
     metric = METRICS.get(word(row, "metric"))
     if metric is None:
         raise Unplayable(f"metric={row['metric']} of a reinforcement learning is not predicted yet")
+    if "OpenRLHF" in word(row, "source"):
+        one = _played(*(word(row, name) for name in ("model sizes", "gpus", "placement")))
+        return one, *metric(one)
     one = _rolled(*(word(row, name) for name in ("model sizes", "gpus", "placement", "algo", "seq lens", "batch", "note")))
     return one, *metric(one)
+
+
+@cache
+def _played(model: str, gpus: str, placement: str) -> Rolled:
+    plan = openrlhf.plan_of(model, gpus, placement)
+    return Rolled(plan, live(plan))
 
 
 @cache

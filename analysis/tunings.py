@@ -123,7 +123,7 @@ METRICS: dict[str, Callable[[Tuned], tuple[float, float]]] = {  # predicted, and
     "peak_GiB_per_GPU": lambda t: (t.step.memory / GIB, 2 * parameters(t.plan.model) / t.plan.ranks / GIB),
 }  # fmt: skip
 METERED = ("mean_node_W", "energy_kWh_per_run")
-SCORED = {*METRICS, "step_time_s", "gen_s", "tokens/s/GPU"}
+SCORED = {*METRICS, "step_time_s", "gen_s", "tokens/s/GPU", "seconds_per_1024_prompts", "weight_sync_s", "weight_sync_bf16_s"}
 
 
 def scored(frame: pd.DataFrame) -> pd.DataFrame:
