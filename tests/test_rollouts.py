@@ -47,7 +47,8 @@ def test_a_row_that_does_not_say_enough_says_what_is_missing(change, reason):
 
 
 PPO = {"source": "OpenRLHF/OpenRLHF README.md@391e1de4", "model sizes": "7B", "gpus": "16 A800-80G",
-       "placement": "OpenRLHF Ray disaggregated", "algo": "PPO", "batch": "1024 prompts, 1 PPO epoch", "metric": "seconds_per_1024_prompts", "value": 471.11}  # fmt: skip
+       "placement": "OpenRLHF Ray disaggregated", "algo": "PPO", "batch": "1024 prompts, 1 PPO epoch",
+       "metric": "seconds_per_1024_prompts", "value": 471.11}  # fmt: skip
 
 
 def test_a_row_of_openrlhf_becomes_the_plan_of_its_paper():
