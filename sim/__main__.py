@@ -235,7 +235,7 @@ def _parts(quantities: Mapping[str, Mapping[str, Any]]) -> str:
 def _ages(quantities: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """How many samples are how many updates old when they are trained on, where they can differ."""
     shares = {name.removeprefix("align.stale_"): told["value"] for name, told in quantities.items() if name.startswith("align.stale_")}
-    return ["  " + f"{'of age':22} " + ", ".join(f"{age} {share:.0%}" for age, share in shares.items())] if shares else []
+    return ["  " + f"{'samples by staleness':22} " + ", ".join(f"{age}: {share:.0%}" for age, share in shares.items())] if shares else []
 
 
 def _beyond(beyond: list[str]) -> str:

@@ -412,7 +412,7 @@ def test_the_stage_is_told_and_costs_nothing_when_it_is_off(foretold):
 
 def test_how_many_samples_are_how_old_is_one_line(foretold):
     status, out, _ = foretold("sim", *GRPO, "align.placement=async", "align.staleness=2", "align.sigma=1.0")
-    (line,) = (line for line in out.splitlines() if line.startswith("  of age"))
+    (line,) = (line for line in out.splitlines() if line.startswith("  samples by staleness"))
     shares = [int(part.split()[-1].rstrip("%")) for part in line.split(", ")]
     assert status == 0 and len(shares) == 3 and abs(sum(shares) - 100) <= 1
     assert ages([0, 12, 9], 12) == {f"stale_{age}": (1 / 3 if age == 0 else 0.0) for age in range(9)} | {"stale_more": 2 / 3}
