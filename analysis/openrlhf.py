@@ -1,10 +1,10 @@
 """OpenRLHF's published times of 1,024 prompts of PPO as plans.
 
 A row names model, GPUs and who ran it; the rest is in the paper's tables 3 and 4 (Hu et al. 2024, arXiv 2405.11143) and in the project's
-benchmark folder: 1,024 tokens of prompt and 1,024 of answer, batches of 128 in bf16 under ZeRO-3, everything recomputed. Actor and critic
-train beside each other on ranks of their own, here in turn on the ranks of both; reference and reward model have ranks too, here they
-are asked on those of the trainers, which are idle then. An engine has no more requests than actors send it at a time: a micro-batch each.
-What no plan says is that Adam works on the hosts.
+benchmark folder: 1,024 tokens of prompt and 1,024 of answer, batches of 128 in bf16 under ZeRO-3, everything recomputed; its code sends
+weights parameter by parameter. Actor and critic train beside each other on ranks of their own, here in turn on the ranks of both;
+reference and reward model have ranks too, here they are asked on those of the trainers, which are idle then. An engine has no more
+requests than actors send it at a time: a micro-batch each. What no plan says is that Adam works on the hosts.
 """
 
 import re
@@ -37,6 +37,7 @@ RECIPE = (
     "gpu=a100_80", "gpu.link_bandwidth='1600 Gbit/s'", "cluster=dgx_a100", "cluster.nodes=8", "data=prepared", "tokenizer=llama3",
     "train=large", "train.recompute=full", "mesh.zero=3", "align=ppo", "align.group=1", "align.reference=model", "align.reward=model",
     "align.beta=0.01", "align.correction=truncated", "align.placement=disaggregated", "align.steps=100", "align.sigma=0",
+    "align.sync=per_tensor",
 )  # fmt: skip
 
 
