@@ -28,7 +28,8 @@ Row: TypeAlias = dict[str, Any]  # point, the varied overrides, plan, then quant
 SHOWN = ("pretrain.step_time", "pretrain.mfu", "pretrain.peak_memory", "run.wall_clock", "run.tokens", "run.ettr", "run.cost",
          "run.carbon_location")  # fmt: skip
 OF_STAGE = {"align": ("align.step_time", "align.tokens_per_s_per_gpu", "align.generator_utilisation", "align.trainer_utilisation",
-                      "align.tail", "align.staleness_mean", "align.trainer_memory", "align.generator_memory", "align.cost_per_thousand", "align.goodput"),
+                      "align.tail", "align.staleness_mean", "align.trainer_memory", "align.generator_memory", "align.cost_per_thousand",
+                      "align.goodput"),
             "finetune": ("finetune.step_time", "finetune.mfu", "finetune.peak_memory", "finetune.seconds", "finetune.cost")}  # fmt: skip
 LINES = 40  # points that are printed; the table file holds all
 
