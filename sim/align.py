@@ -320,12 +320,12 @@ def _struck(plan: Plan, told: Mapping[str, float], seed: int | None) -> dict[str
     ran = run(plan, step, 1 - waited / step, seed)
     filling = quiet - rates(plan).init - plan.align.steps * step  # by which the first batches take longer than later ones
     seconds = ran.wall + filling
-    working, standing = ran.useful + ran.replayed + filling, seconds - ran.useful - ran.replayed - filling
+    working = ran.useful + ran.dragged + ran.replayed + filling
     watts = Meter(plan, {"compute": 1.0}).watts({"init": 1.0})
     return {
         "seconds": seconds,
         "cost": told["cost"] * seconds / quiet,
-        "energy": told["energy"] * working / quiet + watts * standing,
+        "energy": told["energy"] * working / quiet + watts * (seconds - working),
         "goodput": ran.useful / seconds,
         "lost": ran.lost,
         "interruptions": float(ran.interruptions),

@@ -35,6 +35,7 @@ class Ran(NamedTuple):
     wall: float  # seconds from the start of the ranks to the last checkpoint
     start: float  # of these, before the first step or fall
     useful: float  # in steps that counted
+    dragged: float  # beside them, behind a slow server
     saving: float  # in checkpoints
     lost: float  # on the way back up and over old ground
     replayed: float  # of these, over old ground
@@ -68,7 +69,8 @@ def _told(job: Pretraining, wall: float) -> Ran:
     each = {state: seconds / job.plan.ranks for state, seconds in job.world.timeline.states().items()}
     first = next((one.at for one in job.world.timeline.happenings if one.event == "failure"), wall)
     start, useful, lost = min(job.world.rates.init, first), each.get("compute", 0.0), sum(job.lost.values())
-    ran = Ran(wall, start, useful, each.get("checkpoint", 0.0), lost, each.get("replay", 0.0), sum(job.falls.values()))
-    assert abs(ran.start + ran.useful + ran.saving + ran.lost - wall) <= 1e-9 * wall, f"time is not conserved: {ran}"
+    dragged, saving, replayed = (each.get(state, 0.0) for state in ("communication", "checkpoint", "replay"))
+    ran = Ran(wall, start, useful, dragged, saving, lost, replayed, sum(job.falls.values()))
+    assert abs(start + useful + dragged + saving + lost - wall) <= 1e-9 * wall, f"time is not conserved: {ran}"
     assert abs(ran.useful - job.step * job.pace.stride) <= 1e-9 * wall, f"{job.step} steps took {ran.useful} s"
     return ran

@@ -303,6 +303,18 @@ def test_steps_done_again_wait_for_no_samples_where_a_journal_has_them():
     assert sum(run(plan, 10.0, 0.25, seed, speed).wall < run(plan, 10.0, 1.0, seed, speed).wall for seed in range(40)) > 10
 
 
+@pytest.mark.parametrize("how", ["stop", "slow", "corrupt", "hang"])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_time_is_conserved_whatever_strikes(how, asynchronous):
+    """Each life asserts it of itself; some of them are struck."""
+    causes = {"server": Cause(per="node", rate=1 / 10_000, how=how, factor=1.3, silent=True), "device": Cause(per="gpu", rate=1 / 100_000)}
+    plan = plan_of("align.steps=300").but(**{"checkpoint.every": 10, "checkpoint.asynchronous": asynchronous, "cluster.spares": 1,
+                                             "failures.causes": causes})  # fmt: skip
+    lives = [run(plan, 30.0, again, seed) for again in (1.0, 0.3) for seed in range(8)]
+    assert all(life.useful == pytest.approx(300 * 30.0) for life in lives)
+    assert sum(life.interruptions for life in lives) > 4 and any(life.dragged > 0 for life in lives) == (how == "slow")
+
+
 def test_without_causes_nothing_strikes_and_with_them_the_stage_is_told_whole():
     quiet = plan_of("align.placement=async", "align.steps=200")
     told = align(quiet)
