@@ -95,6 +95,21 @@ def test_two_trainers_learn_what_one_does(align):
     same(weights(one), weights(two), 2e-2)  # later draws differ where rounding moves a token
 
 
+@pytest.mark.slow
+def test_experts_are_spread_over_trainers_and_whole_in_generators(align, tmp_path):
+    """One rank and two that hold half of the experts each learn the same, and their generators get the same weights."""
+    (tmp_path / "variety.py").write_text("def variety(prompt, completion, answer):\n    return len(set(completion)) / 6\n")
+    mixture = ["model.moe.experts=4", "model.moe.top_k=2", "model.moe.ffn=64"]
+    words = [*GRPO, *mixture, f"start={toy.untaught(tmp_path / 'mixture', *mixture)}", f"align.reward={tmp_path}/variety.py:variety",
+             "train.global_batch=8"]  # fmt: skip
+    one, told = align(*words)
+    spread, there = align(*words, "mesh.ep=2", "align.placement=disaggregated", "align.sync=sharded", ranks=4)
+    first = [next(row["value"] for row in read(folder, "ledger") if row["quantity"] == "gradient_norm") for folder in (one, spread)]
+    assert first[0] == pytest.approx(first[1], rel=1e-4) and first[0] > 0.01
+    assert there["align.reward"] == pytest.approx(told["align.reward"], abs=0.02)
+    same(weights(one), weights(spread), 2e-2)
+
+
 @pytest.mark.parametrize("partial", [True, False])
 @pytest.mark.parametrize("stale", ["pace", "discard"])
 def test_a_queue_runs_ahead_and_no_further(align, stale, partial):

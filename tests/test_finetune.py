@@ -159,7 +159,7 @@ def test_windows_hold_whole_conversations_and_their_masks(tmp_path, tiny, foreto
 @pytest.mark.parametrize(("change", "words"), [
     (["finetune.data=/nowhere.jsonl"], "is no file; name a JSON Lines file"),
     (["finetune.template=chatm"], "finetune.template=chatm is no file"),
-    (["finetune.targets=[q_prj]"], "finetune.targets names q_prj, which is no matrix of a block; did you mean q_proj"),
+    (["finetune.targets=[q_prj]"], "targets=[q_prj] names q_prj, which is no matrix of a block here; did you mean q_proj"),
     (["finetune.method=lor"], "finetune.method=lor is not known; did you mean lora"),
     (["finetune.global_batch=4000"], "a step takes finetune.global_batch=4000"), (["finetune.rank=0"], "finetune.rank=0 must be above 0"),
     (["finetune.micro_batch=3"], "finetune.global_batch=4"),

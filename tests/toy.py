@@ -60,6 +60,17 @@ def base(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def untaught(folder: Path, *words: str) -> Path:
+    """A model of another shape that knows nothing."""
+    plan = plan_of(*words)
+    model = Decoder(plan.model)
+    initialise(model, 0)
+    named = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    huggingface.write_model(lambda names: [named[name] for name in names], list(named), plan.model, 64, folder, None)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
 @cache
 def _taught(seed: int) -> dict[str, torch.Tensor]:
     plan, coder, dice = plan_of(), tokenizer(), random.Random(seed)
