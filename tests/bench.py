@@ -1,6 +1,7 @@
 """Benchmarks: `make bench`. Ratios within one run; the tables go to LOG.md.
 
 python -m tests.bench prediction    ten laptop plans, each foretold before it is run
+python -m tests.bench placements    every placement of an alignment, foretold before it is run (tests/bench_align.py)
 python -m tests.bench bookkeeping   the trainer against the same loop without its record
 python -m tests.bench sim           how long a prediction takes, Python's start included
 python -m tests.bench data pays     the data stages beside datatrove's, and whether cleaning pays (tests/bench_data.py, bench_pays.py)
@@ -310,13 +311,14 @@ def sim() -> None:
 
 
 if __name__ == "__main__":
+    from tests.bench_align import placements
     from tests.bench_data import data
     from tests.bench_life import forms, life
     from tests.bench_pays import pays
     from tests.bench_scaling import scaling
     from tests.bench_step import accuracy, step
 
-    benches = (sim, life, forms, step, accuracy, bookkeeping, trainers, saving, prediction, data, pays, scaling, gpu)
+    benches = (sim, life, forms, step, accuracy, bookkeeping, trainers, saving, prediction, placements, data, pays, scaling, gpu)
     every = {bench.__name__: bench for bench in benches}
     for name in sys.argv[1:] or [name for name in every if name != "gpu"]:
         print(f"\n== {name}")
