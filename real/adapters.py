@@ -138,7 +138,9 @@ def adapt(model: Decoder, plan: Plan) -> None:
     linear = {path: module for path, module in model.layers.named_modules() if isinstance(module, Linear)}
     names = sorted({path.split(".")[-1] for path in linear})
     if strange := [target for target in tune.targets if target not in names]:
-        raise Refused(f"targets=[{','.join(tune.targets)}] names {strange[0]}, which is no matrix of a block here; {nearest(strange[0], names)}")
+        raise Refused(
+            f"targets=[{','.join(tune.targets)}] names {strange[0]}, which is no matrix of a block here; {nearest(strange[0], names)}"
+        )
     for path, module in linear.items():
         parent, _, name = path.rpartition(".")
         small = tune.method == "qlora" and nf4.fits(module.weight.numel() // tp)

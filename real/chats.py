@@ -20,7 +20,7 @@ from real.shards import write_shard
 from real.stage import Task, sha256
 
 VERSION = 1
-ENDS = (END, "<|end_of_text|>", "<|eot_id|>", "</s>")  # tokens that end a text, by the tokenizers that have them
+ENDS = (END, "<|end_of_text|>", "<|eot_id|>", "</s>", "<|im_end|>")  # tokens that end a text, by the tokenizers that have them
 TEMPLATES = {
     "plain": "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}"
              "{% if add_generation_prompt %}Assistant:{% endif %}",
@@ -233,3 +233,15 @@ class Coder:
             ids += found
             learned += [wanted] * len(found)
         return np.array([*ids, self.end]), np.array([*learned, True])
+
+    def turn_end(self, shape: Template) -> int:
+        """The token that ends an answer: the first special one that the template puts behind it, else that which ends a text."""
+        assert self.end is not None
+        answer = "42"
+        try:
+            said = shape.pieces([{"role": "user", "content": "6 × 7?"}, {"role": "assistant", "content": answer}])[-1].text
+        except ValueError:  # a template for other conversations
+            return self.end
+        behind = self.tokenizer.encode(said[said.index(answer) + len(answer) :], add_special_tokens=False).ids
+        special = {number for number, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        return next((number for number in behind if number in special), self.end)

@@ -13,7 +13,7 @@ from conf.errors import Refused
 from conf.plan import Plan
 from real import adapters, digits, huggingface, prompts
 from real.alignment import Rank
-from real.chats import Coder
+from real.chats import Coder, Template
 from real.cluster import device
 from real.data import Order
 from real.model import Decoder
@@ -58,7 +58,7 @@ class Maker:
         self.prompts = prompts.read(digits.align_of(me.plan, start.folder / "tokens"), tokenizer)
         self.order = Order(len(self.prompts.train), me.plan.seed)
         self.model = model_of(me.plan, start.base)
-        self.engine = self._engine(self.coder.end or 0)
+        self.engine = self._engine(self.coder.turn_end(Template(align.template, "align")))
         self.made, self.asked = list[Sample](), time.monotonic()
         self.shelf = start.folder / "served"  # where a server elsewhere finds new weights
         self.judge = None if align.reward == "model" else Judge(align.reward, align.reward_timeout)

@@ -126,3 +126,20 @@ def test_every_question_of_gsm8k(tokenizer):
     found = read(align(GSM8K, prompt_tokens=2000), tokenizer)
     assert len(found.train) + len(found.held_out) == 1319 and found.left_out == 0
     assert all("####" in answer for answer in found.train.answers)
+
+
+@pytest.mark.parametrize(("template", "known", "end"), [
+    ("chatml", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>"),
+    ("llama3", ["<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>"),
+    ("plain", ["<|end_of_text|>", "<|eot_id|>"], "<|end_of_text|>"),
+    ("chatml", ["<|endoftext|>"], "<|endoftext|>"),
+])  # fmt: skip
+def test_an_answer_ends_where_its_turn_does(tmp_path, template, known, end):
+    """By the template where the tokenizer knows its marks, as instruct models from elsewhere do."""
+    alphabet = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(known)
+    made.save(str(tmp_path / "tokenizer.json"))
+    coder = chats.Coder(str(tmp_path / "tokenizer.json"))
+    assert coder.turn_end(chats.Template(template)) == made.token_to_id(end)
