@@ -244,7 +244,7 @@ def _look(plan: Plan, folder: Path, options: Mapping[str, str]) -> int:
 def _run(plan: Plan, folder: Path, only: Sequence[str], source: Path | None, traced: tuple[int, int] | None,
          mine: Place | None = None) -> dict[str, Any]:  # fmt: skip
     """The stages, in the order of a life."""
-    _announce(plan, folder)
+    _announce(plan, folder, only)
     (folder / STOPPED).unlink(missing_ok=True)
     life = Life(plan, folder, _say, source, traced, mine)
     if mine and mine.number:
@@ -270,13 +270,24 @@ def _say(text: str) -> None:
         print(f"\r\033[K{text[1:]}", end="", flush=True)
 
 
-def _announce(plan: Plan, folder: Path) -> None:
+def _announce(plan: Plan, folder: Path, only: Sequence[str]) -> None:
     """Every derived number before the first second is spent."""
+    tune, align = plan.finetune, plan.align
     axes = " × ".join(f"{name} {size}" for name, size in plan.axes.items() if size > 1) or "one rank"
-    steps = f"{plan.train.steps:,} steps" if plan.train.steps else f"for {show(plan.train.stop_after, 's')}"
-    batch = f"{plan.train.global_batch} sequences × {plan.train.seq_len} = {plan.tokens_per_step:,} tokens"
-    print(f"plan {plan.id}: {plan.model.name}, {parameters(plan.model):,} parameters, on {plan.ranks} × {plan.gpu.name} ({axes})")
-    print(f"{steps} of {batch}, {plan.accumulation} micro-batches of {plan.train.micro_batch} a rank; record in {folder}", flush=True)
+    lines = [f"plan {plan.id}: {plan.model.name}, {parameters(plan.model):,} parameters, on {plan.ranks} × {plan.gpu.name} ({axes})"]
+    if "pretrain" in only:
+        steps = f"{plan.train.steps:,} steps" if plan.train.steps else f"for {show(plan.train.stop_after, 's')}"
+        batch = f"{plan.train.global_batch} sequences × {plan.train.seq_len} = {plan.tokens_per_step:,} tokens"
+        lines.append(f"{steps} of {batch}, {plan.accumulation} micro-batches of {plan.train.micro_batch} a rank")
+    if "finetune" in only and tune.method != "none":
+        lines.append(f"fine-tuning ({tune.method}): {tune.steps:,} steps of {tune.global_batch} sequences × {tune.seq_len}")
+    if "align" in only and align.method != "none":
+        batch = f"{align.prompts} prompts × {align.group} completions" if align.rollouts else f"{align.prompts} pairs"
+        trainers, *others = plan.roles
+        apart = [f"{len(ranks)} to {verb}" for ranks, verb in zip(others, ("generate", "score"), strict=True) if ranks != trainers]
+        roles = ", ".join([f"{len(trainers)} ranks to train", *apart])
+        lines.append(f"alignment ({align.method}): {align.steps:,} steps of {batch}, {align.placement}: {roles}")
+    print("\n".join(lines) + f"; record in {folder}", flush=True)
 
 
 def _result(plan: Plan, told: dict[str, Any], folder: Path, again: Sequence[str]) -> None:

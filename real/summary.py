@@ -24,8 +24,9 @@ def summary(plan: Plan, ledger: Rows, events: Rows) -> dict[str, float | Value]:
     states = state_totals(rows)
     told |= {f"state.{name}": seconds for name, seconds in states.items()}
     wall = sum(states.values()) / plan.ranks
-    told |= {"run.wall_clock": wall, "run.gpu_hours": wall * plan.ranks / 3600}
-    told["run.cost"] = wall * plan.ranks / 3600 * plan.price.gpu_hours[plan.gpu.name].mid
+    if states:  # none where only a stage with a record of its own ran
+        told |= {"run.wall_clock": wall, "run.gpu_hours": wall * plan.ranks / 3600}
+        told["run.cost"] = wall * plan.ranks / 3600 * plan.price.gpu_hours[plan.gpu.name].mid
     if any(row["quantity"] == "step_time" for row in rows):
         told |= _training(plan, rows, list(events))
         seconds = [row["value"] for row in rows if row["stage"] in DATA and row["quantity"] == "seconds"]
