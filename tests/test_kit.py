@@ -106,21 +106,22 @@ def test_the_runner_foretells_executes_and_goes_on(tmp_path):
 
 
 def test_what_ends_the_process_is_told_and_left_out(tmp_path):
-    """A worker that falls over at its second row is started again without it."""
+    """A worker that falls over at its second row is started again without it, one that asks for it with what is left."""
     rows = tmp_path / MEASURED
     worker = (
         "import json, os, sys; from pathlib import Path; from tests.kit.foretell import append, ended\n"
         "folder = Path(sys.argv[1]); sys.stdin.readline()\n"
-        "for name in 'abc':\n"
+        "for name in 'abcd':\n"
         "    if (name, 'p') not in ended(folder):\n"
         "        append(folder / 'measured.jsonl', {'name': name, 'plan': 'p', 'status': 'began', 'clock': 0.0})\n"
         "        os.abort() if name == 'b' else append(folder / 'measured.jsonl', {'name': name, 'plan': 'p', 'status': 'done'})\n"
+        "        name == 'c' and sys.exit(75)\n"
     )
     command = [sys.executable, "-c", worker, str(tmp_path)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT)
     assert supervise(command, tmp_path, time.monotonic() + 60, process) == 0
     ends = {row["name"]: row["status"] for row in read(rows) if row["status"] != "began"}
-    assert ends == {"a": "done", "b": "died: the process ended with status -6", "c": "done"}
+    assert ends == {"a": "done", "b": "died: the process ended with status -6", "c": "done", "d": "done"}
 
 
 def test_a_row_that_was_interrupted_gets_a_second_chance(tmp_path):

@@ -7,6 +7,7 @@ allocator's peak; the driver's count of energy over all measured steps.
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,22 +31,26 @@ from real.pretrain import Start
 from real.timeline import Timeline
 from real.trainer import Trainer
 from tests.kit import inputs, loops
-from tests.kit.foretell import MEASURED, append, ended, now
+from tests.kit.foretell import AGAIN, MEASURED, append, ended, now
 from tests.kit.plans import LEAST, WARM, Row, plan_of, seconds, steps_of
 
 Step = Callable[[int], float]  # the loss of a step
+SPOILT = "CUDA error"  # after such a failure nothing more can be done in the process
 ROUNDS = 3  # turns of each baseline beside ours, of LEAST steps
 
 
 @contextmanager
 def world(plan: Plan) -> Iterator[None]:
-    """A process group of one rank, as `real` begins one for lower precision."""
+    """A device, and a process group of one rank where `real` begins one: for lower precision."""
     cuda = plan.gpu.kind == "cuda"
     if cuda:
         torch.cuda.set_device(0)
         torch.set_float32_matmul_precision("high")
     else:
         torch.set_num_threads(1)
+    if plan.train.precision == "fp32":
+        yield
+        return
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -61,7 +66,7 @@ def work(found: Sequence[Row], told: Mapping[str, Mapping[str, Any]], folder: Pa
     missing = [row for row in found if (row.name, plans[row.name].id) not in done]
     if not missing:
         return
-    with world(plans[missing[0].name]), TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch:
         for row in missing:
             plan, foretold = plans[row.name], told[row.name]
             if time.monotonic() + seconds(row, plan, foretold["parameters"], foretold["step_time"]) > until:
@@ -72,6 +77,8 @@ def work(found: Sequence[Row], told: Mapping[str, Mapping[str, Any]], folder: Pa
             result = one(row, plan, Path(scratch), steps_of(foretold["step_time"]))
             append(path, {"at": now(), **head, **result})
             print(line(row, foretold, result), flush=True)
+            if SPOILT in result["status"]:
+                sys.exit(AGAIN)
 
 
 def line(row: Row, foretold: Mapping[str, Any], result: Mapping[str, Any]) -> str:
@@ -87,7 +94,8 @@ def one(row: Row, plan: Plan, folder: Path, steps: int) -> dict[str, Any]:
     try:
         refuse_unbuilt(plan)
         cluster.check(plan)
-        result = _measured(row, plan, folder, steps)
+        with world(plan):
+            result = _measured(row, plan, folder, steps)
     except Refused as refused:
         result = {"status": f"refused: {refused.problems[0]}"}
     except torch.OutOfMemoryError as error:

@@ -16,6 +16,7 @@ from sim.power import Meter
 from tests.kit.plans import Row, plan_of
 
 FORETOLD, MEASURED = "foretold.jsonl", "measured.jsonl"
+AGAIN = 75  # status of a process that is to be started again for what is left
 UNDONE = ("began", "stopped")  # of a row that is to be executed, or executed again
 ALIGNING = {"generate_time": "generate", "score_time": "score", "logprob_time": "logprob", "sync_time": "sync"}  # idle and queue: idle
 
