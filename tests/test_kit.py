@@ -58,7 +58,7 @@ def test_foretold_before_it_runs_and_executed_once(tmp_path, monkeypatch):
     foretold, measured = read(tmp_path / FORETOLD), read(tmp_path / MEASURED)
     assert max(row["at"] for row in foretold) <= min(row["at"] for row in measured)
     one, starving, refused = (row for row in measured if row["status"] != "began")
-    assert one["status"] == "done" and one["finite"] and one["falls"] and one["steps"] == plans.LEAST and 0 < one["mfu"] < 1
+    assert one["status"] == "done" and one["finite"] and one["falls"] and one["steps"] == plans.LEAST
     assert starving["status"] == "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB"
     assert refused["status"].startswith("refused: train.optimizer=adamw8bit on a CPU")
     assert len(foretold) == 3 and len(measured) == 7
@@ -92,7 +92,7 @@ def test_the_runner_foretells_executes_and_goes_on(tmp_path):
     assert max(row["at"] for row in foretold) <= min(row["at"] for row in measured)
     assert ended["nano 32 2x1 fp32 none adamw8bit"]["status"].startswith("refused: train.optimizer=adamw8bit on a CPU")
     trained = ended["nano 32 2x1 fp32 none beside"]
-    assert trained["status"] == "done" and trained["finite"] and trained["falls"] and 0 < trained["mfu"] < 1
+    assert trained["status"] == "done" and trained["finite"] and trained["falls"]
     assert all(trained[f"{name}_tokens_per_s"] > 0 for name in ("ours", "by_hand", "transformers"))
     assert ended["nano 32 8x1 fp32 none grpo"]["status"] == "done"
     for asked in ("2 of 3 configurations executed", "step: median error", "tokens/s of by hand", "**refused: "):
@@ -149,7 +149,7 @@ def test_prompts_and_answers_fill_their_sequences(tmp_path):
 
 def test_errors_and_figures_by_hand():
     told = {"at": "t", "plan": "p", "profile": "", "step_time": 1.1, "memory": 9e9, "energy": 500.0, "mfu": 0.5}
-    found = {"status": "done", "step_time": 1.0, "memory": 10e9, "energy": None, "mfu": 0.55, "finite": True, "falls": True}
+    found = {"status": "done", "step_time": 1.0, "memory": 10e9, "energy": None, "finite": True, "falls": True}
     pairs = [table._joined(told | {"name": f"1b 2048 8x2 {kind} none compile"}, found | {"step_time": seconds})
              for kind, seconds in (("bf16", 1.0), ("fp8", 0.8))]  # fmt: skip
     said = list(table.figures(pairs))

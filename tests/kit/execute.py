@@ -19,7 +19,6 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 
-from conf.arithmetic import flops_per_token
 from conf.errors import Refused
 from conf.plan import Plan
 from real import cluster, nvml
@@ -124,22 +123,14 @@ def _measured(row: Row, plan: Plan, folder: Path, steps: int) -> dict[str, Any]:
             times.append(took)
             losses.append(loss)
         energy = None if joules is None else (nvml.joules(device) or math.nan) - joules
-        told = {"status": "done", "step_time": statistics.median(times), "steps": steps, "spread": spread(times),
-                "memory": gauge.peak(), "reserved": gauge.reserved(), "losses": losses, "finite": all(map(math.isfinite, losses)),
-                "falls": statistics.fmean(losses[-3:]) < losses[0], "energy": energy and energy / steps,
-                "watts": energy and energy / sum(times)}  # fmt: skip
-        if plan.align.method == "none" and plan.finetune.method == "none":
-            tokens = plan.tokens_per_step
-            told["mfu"] = tokens * flops_per_token(plan.model, plan.train.seq_len) / told["step_time"] / peak_of(plan)
+        learns = plan.align.method == "none"  # an alignment's loss tells little in so few steps
+        told = {"status": "done", "step_time": statistics.median(times), "steps": steps, "spread": spread(times), "losses": losses,
+                "memory": gauge.peak(), "reserved": gauge.reserved(), "finite": all(map(math.isfinite, losses)),
+                "falls": statistics.fmean(losses[-3:]) < losses[0] if learns else None,
+                "energy": energy and energy / steps, "watts": energy and energy / sum(times)}  # fmt: skip
         if row.beside:
             told |= beside(plan, step, WARM + steps, folder, device)
     return told
-
-
-def peak_of(plan: Plan) -> float:
-    peak = plan.gpu.peak(plan.train.precision)
-    assert peak is not None
-    return peak
 
 
 def timed(work: Callable[[], float], device: torch.device) -> tuple[float, float]:

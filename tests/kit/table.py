@@ -26,9 +26,10 @@ def pairs(folder: Path, profile: str = "") -> list[Pair]:
 
 
 def _joined(told: Pair, found: Pair) -> Pair:
-    both = {f"measured_{name}": found.get(name) for name in (*COMPARED, "mfu")}
-    rest = {name: value for name, value in found.items() if name not in (*COMPARED, "mfu", "at")}
-    return {**told, **both, **rest}
+    both = {f"measured_{name}": found.get(name) for name in COMPARED}
+    if "mfu" in told and "step_time" in found:  # of the same FLOPs and peak
+        both["measured_mfu"] = told["mfu"] * told["step_time"] / found["step_time"]
+    return {**told, **both, **{name: value for name, value in found.items() if name not in (*COMPARED, "at")}}
 
 
 def error(pair: Pair, name: str) -> float | None:
@@ -67,7 +68,10 @@ def _cells(pair: Pair) -> Iterator[str]:
         if name == "memory":
             yield _number(pair.get("reserved"), scale, digits)
     yield from (f"{pair[name]:.1%}" if pair.get(name) else "–" for name in ("mfu", "measured_mfu"))
-    yield "–" if pair["status"] != "done" else "no number" if not pair["finite"] else "falls" if pair["falls"] else "does not fall"
+    if pair["status"] != "done" or pair["finite"]:
+        yield {None: "–", True: "falls", False: "does not fall"}[pair.get("falls")]
+    else:
+        yield "no number"
 
 
 def _number(value: float | None, scale: float, digits: int) -> str:
@@ -106,7 +110,7 @@ def figures(found: Sequence[Pair]) -> Iterator[str]:
 
 def _mfu(done: Sequence[Pair]) -> Iterator[tuple[str, float, float]]:
     for words, asked, size, length in (("1b in bf16", 0.5, "1b", None), ("layers of 8b in bf16 at 8192", 0.45, "8b/6", "8192")):
-        rows = [pair for pair in done if pair["name"].split()[0] == size and " bf16 " in pair["name"] and pair["measured_mfu"]]
+        rows = [pair for pair in done if pair["name"].split()[0] == size and " bf16 " in pair["name"] and pair.get("measured_mfu")]
         rows = [pair for pair in rows if length is None or pair["name"].split()[1] == length]
         if rows:
             yield words, asked, max(pair["measured_mfu"] for pair in rows)
