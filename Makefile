@@ -50,7 +50,7 @@ chaos: $(READY)
 gpu: gpu-test gpu-calibrate gpu-compare
 
 gpu-test:
-	$(PYTHON) -m pytest -q -m gpu tests/test_gpu.py
+	timeout 530 $(PYTHON) -m pytest -q -m gpu tests/test_gpu.py
 
 gpu-calibrate:
 	$(PYTHON) -m real experiment=h200 only=kernels
