@@ -97,6 +97,11 @@ class Align(Node):
         return self.method in ROLLOUTS
 
     @property
+    def anchored(self) -> bool:
+        """Whether a step asks the reference: preferences always do, rollouts where the answer weighs anything."""
+        return self.reference != "none" and (self.method == "dpo" or (self.rollouts and self.beta > 0))
+
+    @property
     def apart(self) -> bool:
         """Whether generation has ranks of its own."""
         return self.rollouts and self.placement in ("disaggregated", "async")

@@ -152,11 +152,11 @@ def serve(plan: Plan, start: Start) -> bool:
     maker, line = Maker(me, start), Follow()
     sync = Sync(plan.align, dtype_of(plan), bridge(plan))
     while True:
-        message = line.hear(0.0 if maker.busy else WAIT)
-        if message is None and not maker.busy:
+        if not maker.busy:
             me.enter("queue")
-        elif message is None:
-            if made := maker.step():
+        message = line.hear(0.0 if maker.busy else WAIT)
+        if message is None:
+            if maker.busy and (made := maker.step()):
                 line.tell("made", made)
         elif message[0] == "make":
             maker.submit(message[1])

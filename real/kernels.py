@@ -36,16 +36,16 @@ class Operation:
     inputs: tuple[Tensor, ...]
 
 
-def rows(plan: Plan) -> Iterator[Row]:
-    """One row an operation, size and stage."""
+def rows(plan: Plan, crew: dist.ProcessGroup | None = None) -> Iterator[Row]:
+    """One row an operation, size and stage, timed by a crew of ranks at once, or by this one alone."""
     where = device(plan)
     dtype = torch.bfloat16 if plan.train.half else torch.float32
     cuda = where.type == "cuda"
     scale = 16 if cuda else 1  # a GPU needs larger tensors to show its rates
     for operation in (*_operations(where, dtype, scale), *_of_the_plan(plan, where, dtype)):
-        yield from _timed(operation, plan, cuda)
+        yield from _timed(operation, plan, cuda, crew)
     yield from _blocks(plan, where, dtype, scale)
-    yield from _optimizer(plan, where, scale)
+    yield from _optimizer(plan, where, scale, crew)
 
 
 def row(plan: Plan, op: str, stage: str, shape: dict[str, int], seconds: float) -> Row:
@@ -125,7 +125,7 @@ def _embedding(m: int, where: torch.device) -> Callable[[Tensor], Tensor]:
     return lambda table: F.embedding(tokens, table)
 
 
-def _timed(operation: Operation, plan: Plan, cuda: bool) -> Iterator[Row]:
+def _timed(operation: Operation, plan: Plan, cuda: bool, crew: dist.ProcessGroup | None) -> Iterator[Row]:
     """Forward and backward on tensors that the caches have forgotten, as a training step finds them: the calls take
     turns on copies that together exceed any cache."""
     size = sum(t.numel() * t.element_size() for t in operation.inputs)
@@ -134,24 +134,24 @@ def _timed(operation: Operation, plan: Plan, cuda: bool) -> Iterator[Row]:
         copies.append(tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in operation.inputs))
     turns = cycle(copies)
     with torch.no_grad():
-        yield row(plan, operation.op, "forward", operation.shape, best(lambda: operation.forward(*next(turns)), cuda))
+        yield row(plan, operation.op, "forward", operation.shape, best(lambda: operation.forward(*next(turns)), cuda, crew))
     graphs = []
     for inputs in copies:
         out = operation.forward(*inputs)
         graphs.append((out, [t for t in inputs if t.requires_grad], out.detach().clone()))
     again = cycle(graphs)
-    seconds = best(lambda: torch.autograd.grad(*next(again), retain_graph=True), cuda)
+    seconds = best(lambda: torch.autograd.grad(*next(again), retain_graph=True), cuda, crew)
     yield row(plan, operation.op, "backward", operation.shape, seconds)
 
 
-def best(work: Callable[[], Any], cuda: bool = False, budget: float = 0.025) -> float:
+def best(work: Callable[[], Any], cuda: bool = False, crew: dist.ProcessGroup | None = None, budget: float = 0.025) -> float:
     """Median seconds of a call, over as many as fit into the budget (at least 3, after one that warms up).
 
-    All ranks begin together: in training, too, they do the same thing at the same time.
+    The ranks of a crew begin together: in training, too, they do the same thing at the same time.
     """
     work()
-    if dist.is_initialized():
-        dist.barrier()
+    if crew is not None:
+        dist.barrier(crew)
     if cuda:
         torch.cuda.synchronize()
     times: list[float] = []
@@ -172,6 +172,9 @@ def _blocks(plan: Plan, where: torch.device, dtype: torch.dtype, scale: int) -> 
         (2, 512, 256, 8, 512),
         (8, 256, 96, 3, 320),
         (2, 256, 320, 10, 896),
+        (8, 16, 192, 6, 512),
+        (4, 32, 96, 3, 256),
+        (1, 64, 256, 8, 704),
     ):
         hidden, ffn, heads = hidden * scale, ffn * scale, heads * min(scale, 8)
         shape = {"batch": batch, "seq": seq * min(scale, 8), "heads": heads, "kv_heads": heads, "k": hidden, "n": ffn}
@@ -205,7 +208,7 @@ def _now(where: torch.device) -> float:
     return time.perf_counter()
 
 
-def _optimizer(plan: Plan, where: torch.device, scale: int) -> Iterator[Row]:
+def _optimizer(plan: Plan, where: torch.device, scale: int, crew: dist.ProcessGroup | None) -> Iterator[Row]:
     """One step of AdamW with clipping, as the trainer does it on its own shard."""
     from real import optim
 
@@ -221,4 +224,4 @@ def _optimizer(plan: Plan, where: torch.device, scale: int) -> Iterator[Row]:
             adam.step()
 
         numbers = sum(weight.numel() for weight in weights)
-        yield row(plan, "optimizer", "step", {"m": count, "k": numbers}, best(step, where.type == "cuda", 0.1))
+        yield row(plan, "optimizer", "step", {"m": count, "k": numbers}, best(step, where.type == "cuda", crew, 0.1))

@@ -66,7 +66,6 @@ class Policy(Alignment):
         self.lead = Lead(plan) if rank() == 0 and plan.roles.trainers != range(plan.ranks) else None
         self.scorers = Scorers(self, self.policy, self.lead)
         self.source: Source = Apart(self) if align.apart else Here(self)
-        self.held = align.beta > 0 and align.reference != "none"
         self.coefficient = torch.tensor(align.beta)  # of the penalty, which may be steered
         self.notes = torch.zeros(3, dtype=torch.float64, device=self.policy.device)  # tokens: clipped, all; divergence
 
@@ -109,7 +108,7 @@ class Policy(Alignment):
     def _scored(self, rows: Rows) -> Rows:
         """With what the reference, the reward model, the critic and the policy as it is now say of them."""
         align, temperature = self.align, self.align.temperature
-        if self.held:
+        if self.align.anchored:
             rows = rows.beside_them(reference=self.scorers.reference(rows))
         if align.reward == "model":
             rows = rows.beside_them(reward=self.scorers.rewards(rows))
@@ -129,7 +128,7 @@ class Policy(Alignment):
         rows = Rows(rows.tokens, rows.mask * sound.unsqueeze(1), rows.beside | {"reward": reward})
         if align.method == "grpo":
             return rows.beside_them(advantage=objectives.group_advantages(reward, align.group, scaled=align.loss != "dr_grpo"))
-        reference = rows["reference"] if self.held else rows["old"]
+        reference = rows["reference"] if self.align.anchored else rows["old"]
         rewards = objectives.shaped(reward.nan_to_num(), rows["old"], reference, rows.mask, float(self.coefficient))
         advantage, returns = objectives.gae(rewards, rows["value"], rows.mask, align.gamma, align.lam)
         advantage = objectives.whitened(advantage, objectives.moments(advantage, rows.mask)).float()
@@ -148,7 +147,7 @@ class Policy(Alignment):
         self._note(rows, logp.detach())
         if align.method == "ppo":
             return objectives.ppo(logp, old, rows["advantage"], rows.mask, align.clip, weight)
-        reference = rows["reference"] if self.held else None
+        reference = rows["reference"] if self.align.anchored else None
         return objectives.grpo(logp, old, rows["advantage"], rows.mask, align.clip, align.clip_high, align.loss, align.new_tokens,
                                reference, float(self.coefficient), weight)  # fmt: skip
 
@@ -161,7 +160,7 @@ class Policy(Alignment):
     def _note(self, rows: Rows, logp: Tensor) -> None:
         advantage = rows["advantage"] if rows["advantage"].dim() == 2 else rows["advantage"].unsqueeze(1)
         clipped = objectives.clipped(logp, rows["old"], advantage, rows.mask, self.align.clip, self.align.clip_high)
-        drift = (objectives.kl(logp, rows["reference"], "k1") * rows.mask).sum() if self.held else torch.zeros_like(clipped.total)
+        drift = (objectives.kl(logp, rows["reference"], "k1") * rows.mask).sum() if self.align.anchored else torch.zeros_like(clipped.total)
         self.notes += torch.stack((clipped.total, clipped.count, drift))
 
     def _told(self, step: int, found: Sequence[Judged], rows: Rows, losses: Sequence[tuple[float, float]], values: Sequence[float],
@@ -178,16 +177,16 @@ class Policy(Alignment):
                 "staleness_mean": float(np.mean([step - judged.born for judged in found])),
                 "discarded": self.source.discarded, "tokens": float(sum(map(_length, found))),
                 "sync_bytes": float(moved.bytes), "sync_seconds": moved.seconds}  # fmt: skip
-        told |= {"kl": kl} if self.held else {}
+        told |= {"kl": kl} if self.align.anchored else {}
         told |= {"value_loss": float(np.mean(values))} if values else {}
         why = next((judged.why for judged in found if judged.why), "")
         if why:
             self.say(f"step {step + 1}: {told['failed']:.0f} completions have no reward: {why}")
-        drifted = f"  KL {kl:.4f}" if self.held else ""
+        drifted = f"  KL {kl:.4f}" if self.align.anchored else ""
         return Told(told, f"reward {told['reward']:.3f}  {told['completion_tokens']:.1f} tokens{drifted}")
 
     def _steer(self, kl: float, samples: int) -> None:
-        if self.align.kl_target is not None and self.held:
+        if self.align.kl_target is not None and self.align.anchored:
             horizon = 100 * samples
             self.coefficient.fill_(objectives.steered(float(self.coefficient), kl, self.align.kl_target, samples, horizon))
 

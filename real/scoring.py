@@ -66,7 +66,7 @@ class Scorers:
         self.kind, self.apart = plan.align.reference, plan.roles.scorers != plan.roles.trainers
         self.path, self.temperature = judge_of(plan), temperature_of(plan)
         here = (plan.aligned, trainer.axes, trainer.timeline)
-        held = not self.apart and self.kind == "model" and (plan.align.method == "dpo" or plan.align.beta > 0)
+        held = not self.apart and self.kind == "model" and plan.align.anchored
         self.model = Network(*here, trainer.start.base) if held else None
         self.judge = loaded(Network(*here, None, judge=True), self.path) if self.path and not self.apart else None
         self.lead = lead or (Lead(plan) if self.apart and rank() == 0 else None)
@@ -132,7 +132,7 @@ def serve(plan: Plan, start: Start) -> bool:
     alone = plan.aligned.but(**{f"mesh.{axis}": 1 for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")})
     with me.timeline.during("load"):
         path = judge_of(plan)
-        reference = Network(alone, None, me.timeline, start.base) if align.reference == "model" else None
+        reference = Network(alone, None, me.timeline, start.base) if align.anchored and align.reference == "model" else None
         judge = loaded(Network(alone, None, me.timeline, None, judge=True), path) if path else None
     line = Follow()
     me.enter("idle")

@@ -61,22 +61,19 @@ def parts(plan: Plan, twin: Plan | None = None, slower: float = 1.0) -> Parts:
     count = twin.train.global_batch * (align.updates if align.rollouts else 1)
     once = slower * forward(twin, count)
     logprob = once if align.rollouts and align.correction != "none" else 0.0
-    judge = once * (critic(plan) + (align.reference == "adapter_off"))
-    copies = (align.reference == "model") + (align.reward == "model" and align.rollouts)
-    score = copies * (once if plan.roles.scorers == plan.roles.trainers else forward(_on(twin, len(plan.roles.scorers)), count))
+    judge = once * (critic(plan) + (align.anchored and align.reference == "adapter_off"))
+    copies = (align.anchored and align.reference == "model") + (align.reward == "model" and align.rollouts)
+    score = copies * (once if plan.roles.scorers == plan.roles.trainers else forward(_whole(twin), count / len(plan.roles.scorers)))
     updates = align.updates if align.rollouts else 1
     moved = sync(plan) if align.rollouts else Sync(0.0, 0, 0.0)
     swap = 2 * roles(plan, twin).kept / PAGED if align.rollouts and align.offload and not align.apart else 0.0
     return Parts(logprob, judge, score, updates * step.step_time * (1 + critic(plan)), swap, moved, step)
 
 
-def _on(twin: Plan, count: int) -> Plan:
-    """The same on other ranks, all of them data parallel where the mesh does not divide them."""
-    mesh = twin.mesh
-    one = mesh.tp * mesh.cp * mesh.pp
-    if count % one:
-        mesh, one = mesh.but(tp=1, cp=1, pp=1, vpp=1, ep=1), 1
-    return twin.but(mesh=mesh.but(dp_replicate=1, dp_shard=count // one), cluster=twin.cluster.part(count))
+def _whole(twin: Plan) -> Plan:
+    """The same on a rank that holds the model whole, as one that only scores does."""
+    mesh = twin.mesh.but(tp=1, cp=1, pp=1, vpp=1, ep=1, dp_replicate=1, dp_shard=1)
+    return twin.but(mesh=mesh, cluster=twin.cluster.part(1))
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
     trainer     the step's own peak (sim/memory.py); with a critic its state beside the policy's
     generator   weights, logits of a step, the cache of its completions
-    scorer      weights of reference and reward model in shards, one block of them whole, its logits
+    scorer      weights of reference and reward model, its logits: whole on ranks of its own, else in shards, one block of them whole
 
 Where roles share devices, what one of them keeps lies there while another works, unless it is offloaded.
 """
@@ -88,14 +88,16 @@ def _trainer(plan: Plan, twin: Plan) -> tuple[float, float]:
 
 
 def _scorer(plan: Plan, twin: Plan) -> float:
-    """Reference and reward model where they are copies of their own, in shards over their ranks."""
+    """Reference and reward model where they are copies of their own."""
     align = plan.align
-    copies = (align.reference == "model") + (align.reward == "model" and align.rollouts)
+    copies = (align.anchored and align.reference == "model") + (align.reward == "model" and align.rollouts)
     if not copies:
         return 0.0
     size, p = 4 if plan.train.precision == "fp32" else 2, columns([twin])
-    spread = max(1, len(plan.roles.scorers) // (twin.mesh.tp * twin.mesh.pp))
     tokens = align.micro_batch * align.longest
+    if plan.roles.scorers != plan.roles.trainers:
+        return copies * size * float(parameters(plan.model)) + FP32 * tokens * plan.model.vocab
+    spread = max(1, len(plan.roles.scorers) // (twin.mesh.tp * twin.mesh.pp))
     whole = float(block_parameters(plan.model) + embedding_parameters(plan.model)) / twin.mesh.tp
     return copies * size * float(held(p)) / spread + size * whole + FP32 * tokens * plan.model.vocab / twin.mesh.tp
 
