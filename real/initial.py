@@ -43,7 +43,12 @@ def drawn(name: str, shape: tuple[int, int], seed: int, layers: int) -> Tensor:
 
 def _all(pieces: Iterator[Callable[[], None]]) -> None:
     """Each piece has a generator of its own, so that as many threads draw as torch has."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    threads = torch.get_num_threads()
+    if threads == 1:  # a rank on a CPU
+        for piece in pieces:
+            piece()
+        return
+    with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(piece) for piece in pieces]:
             done.result()
 
