@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: run test test-slow test-all lint types bench chaos gpu clean
+.PHONY: run test test-slow test-all lint types bench chaos gpu gpu-test gpu-calibrate gpu-compare gpu-run clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "foretold needs Python 3.11 or newer, this is " + sys.version'
@@ -45,9 +45,29 @@ bench: $(READY)
 chaos: $(READY)
 	$(BIN)/python -m tests.chaos
 
-# On a machine with a GPU whose own Python holds torch and the other packages: nothing is installed.
-gpu:
-	$(PYTHON) -m tests.gpu
+# On a machine with a GPU whose own Python holds torch and the other packages: nothing is installed. Each part takes at most nine
+# minutes, and goes on where it stopped when it is given again.
+gpu: gpu-test gpu-calibrate gpu-compare
+
+gpu-test:
+	timeout 530 $(PYTHON) -m pytest -q -m gpu tests/test_gpu.py
+
+gpu-calibrate:
+	$(PYTHON) -m real experiment=h200 only=kernels
+	$(PYTHON) -m analysis calibrate out=runs/gpu.yaml
+
+# Every plan of tests/kit/plans.py foretold, from the profile where there is one, then executed; the table is $(KIT)/table.md.
+KIT ?= runs/gpu
+gpu-compare:
+	$(PYTHON) -m tests.kit $(KIT) $(addprefix profile=,$(wildcard runs/gpu.yaml))
+
+# The loop of `make run`, on a GPU: one plan of 1.2 billion parameters.
+GPU_PLAN = experiment=h200 data.limit='24 MB' $(addprefix profile=,$(wildcard runs/gpu.yaml))
+gpu-run:
+	$(PYTHON) -m sim $(GPU_PLAN)
+	$(PYTHON) -m real $(GPU_PLAN)
+	$(PYTHON) -m analysis compare
+	$(PYTHON) -m analysis report
 
 clean:
 	rm -rf .venv build dist

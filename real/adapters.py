@@ -86,7 +86,7 @@ class Quantised(Linear):
     def fill(self, weight: Tensor, part: int) -> None:
         """Take the bytes of a matrix, of which this is the tensor-parallel rank `part`."""
         mine = weight.chunk(self.shares, 0 if self.side == "columns" else 1)[part]
-        bytes_ = nf4.quantise(mine).view(self.packed.dtype)
+        bytes_ = nf4.quantise(mine.to(self.packed.device)).view(self.packed.dtype)
         if not isinstance(self.packed, DTensor):
             self.packed.data.copy_(bytes_)
             return

@@ -26,8 +26,14 @@ class Attend(nn.Module):
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mine: Tensor | None, all_: Tensor | None) -> Tensor:
-    """Attention of queries at these positions to keys at 0, 1, 2, …, with a mask."""
+    """Attention of queries at these positions to keys at 0, 1, 2, …, with a mask.
+
+    On a GPU each query head gets keys and values of its own: among kernels that take a mask, only the one that writes every score lets
+    heads share them.
+    """
     mask = _visible(positions, torch.arange(k.shape[2], device=q.device), mine, all_)
+    if q.is_cuda:
+        k, v = (_heads(x, q.shape[1] // k.shape[1]) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 

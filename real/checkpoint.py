@@ -43,8 +43,8 @@ class Writer:
     """Saves checkpoints into a folder; beside the training when the plan says so.
 
     `passing` hears of the places at which a crash would be worst: saving, sealing, saved.
-    Then `save` only copies what is to be written, and a thread of each rank writes the copy while training goes on. The
-    threads talk to each other over ranks of their own, on gloo.
+    Then `save` only copies what is to be written to the host's memory, and a thread of each rank writes the copy while training goes
+    on. The threads talk to each other over ranks of their own, on gloo.
     """
 
     def __init__(self, folder: Path, plan: Plan, passing: Callable[[str], None] = lambda _: None) -> None:
@@ -61,7 +61,7 @@ class Writer:
         done = self.finish()
         if self.thread is None:
             return [*done, self._write(tensors, step)]
-        self.pending = self.thread.submit(self._write, {name: tensor.clone() for name, tensor in tensors.items()}, step)
+        self.pending = self.thread.submit(self._write, {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}, step)
         return done
 
     def finish(self) -> list[tuple[int, int]]:

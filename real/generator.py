@@ -37,10 +37,15 @@ def dtype_of(plan: Plan) -> torch.dtype:
 
 def model_of(plan: Plan, base: Path | None) -> Decoder:
     """A whole model for a generator, as it is before the first weights come: what does not travel, as the base of adapters, stays so."""
-    model = Decoder(plan.model)
+    with torch.device("meta"):
+        model = Decoder(plan.model)
     alone = plan.aligned.but(**{f"mesh.{axis}": 1 for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")})
     if plan.align.adapters:
         adapters.adapt(model, alone)
+    model.to_empty(device="cpu")
+    model.tie()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.zero_()
     assert base is not None
     adapters.load_base(base, alone, [model], 0)
     return model.to(device(plan), dtype_of(plan)).requires_grad_(False).eval()

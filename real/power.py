@@ -7,6 +7,10 @@ record says nothing about energy rather than something made up.
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
+from real import nvml
+
 RAPL = Path("/sys/class/powercap")
 
 
@@ -52,18 +56,17 @@ class NvmlMeter:
     name = "NVML"
 
     def __init__(self) -> None:
-        import pynvml
+        self.devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        self.start = self._read()
 
-        pynvml.nvmlInit()
-        self.nvml = pynvml
-        self.handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        self.start = self._millijoules()
-
-    def _millijoules(self) -> float:
-        return float(sum(self.nvml.nvmlDeviceGetTotalEnergyConsumption(h) for h in self.handles))
+    def _read(self) -> float | None:
+        """Of all of them, where all tell."""
+        told = [nvml.joules(device) for device in self.devices]
+        return sum(each for each in told if each is not None) if told and None not in told else None
 
     def joules(self) -> float | None:
-        return (self._millijoules() - self.start) * 1e-3
+        now = self._read()
+        return None if now is None or self.start is None else now - self.start
 
 
 def meter(kind: str) -> Meter:

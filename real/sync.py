@@ -21,6 +21,7 @@ from conf.errors import Refused
 from real.checkpoint import ADAPTER
 from real.model import Decoder
 
+PIECE = 1 << 24  # elements of a checksum that are in memory as 64 bits at a time
 WHOLE = -1  # in the place of a count of changes: the tensor follows whole
 
 
@@ -193,10 +194,12 @@ class Sync:
 
 def bits_of(tensor: Tensor) -> int:
     """A number of a tensor's bits and of their places, modulo 2^64."""
-    if not tensor.numel():
-        return 0
-    bits = _bits(tensor).long()
-    return int((bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum())
+    bits = _bits(tensor)
+    told = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), PIECE):
+        piece = bits[start : start + PIECE]
+        told += (piece.long() * torch.arange(start + 1, start + len(piece) + 1, device=bits.device)).sum()
+    return int(told)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -235,70 +235,6 @@ def saving() -> None:
     print(f"a checkpoint takes {whole * 1e3:.0f} ms, beside training {aside * 1e3:.1f} ms: {aside / whole:.1%} (asked: at most 5%)")
 
 
-def gpu() -> None:
-    """One GPU: MFU, HFU and memory of the trainer at several lengths, beside the same model in a bare compiled loop, in turns."""
-    import os
-
-    import torch
-    import torch.distributed as dist
-
-    from conf.arithmetic import flops_per_token
-    from conf.program import load
-    from real import parallel
-    from real.initial import initialise
-    from real.loss import loss_sum
-    from real.model import Decoder
-    from real.timeline import Timeline
-    from real.trainer import Trainer
-    from tests.worlds import Stream
-
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
-    dist.init_process_group("cpu:gloo,cuda:nccl")
-    torch.set_float32_matmul_precision("high")
-    for seq_len, micro, recompute in ((2048, 8, "none"), (4096, 4, "none"), (8192, 2, "none"), (8192, 4, "selective")):
-        words = [
-            f"train.seq_len={seq_len}",
-            f"train.micro_batch={micro}",
-            f"train.global_batch={2 * micro}",
-            f"train.recompute={recompute}",
-        ]
-        plan = load(["experiment=h200", "train.compile=true", *words])
-        ours = Trainer(plan, Stream(plan), Timeline(cuda=True))  # type: ignore[arg-type]
-        bare = Decoder(plan.model, recompute).cuda()
-        initialise(bare, 0)
-        parallel.compile_blocks(bare)
-        adam = torch.optim.AdamW(bare.parameters(), fused=True)
-        batches = [ours.batches.step(step).to(ours.device) for step in range(2)]
-
-        def loop(step: int, bare: Decoder = bare, adam: torch.optim.AdamW = adam, batches: list = batches) -> None:
-            for batch in batches[step % 2].split(len(batches[0].inputs) // 2):
-                with torch.autocast("cuda", torch.bfloat16):
-                    logits = bare(batch.inputs)
-                (loss_sum(logits, batch.targets) / batch.inputs.numel() / 2).backward()
-            torch.nn.utils.clip_grad_norm_(bare.parameters(), 1.0)
-            adam.step()
-            adam.zero_grad(set_to_none=True)
-
-        times: dict[str, list[float]] = {"ours": [], "bare": []}
-        torch.cuda.reset_peak_memory_stats()
-        for step in range(40):
-            name, work = (("ours", ours.step), ("bare", loop))[(step + step // 2) % 2]
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            work(step)
-            torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - began)
-        mine, other = (statistics.median(times[name][6:]) for name in ("ours", "bare"))
-        mfu = plan.tokens_per_step * flops_per_token(plan.model, seq_len) / mine / plan.gpu.peak("bf16")
-        again = {"none": 1.0, "selective": 1.0, "full": 4 / 3}[recompute]
-        memory = torch.cuda.max_memory_allocated() / 1e9
-        print(f"{' '.join(words)}: {plan.tokens_per_step / mine:,.0f} token/s, MFU {mfu:.1%} (asked: at least 45%), HFU {mfu * again:.1%}, "
-              f"{other / mine:.3f} of the bare loop (asked: at least 1.0), {memory:.1f} GB with both models", flush=True)  # fmt: skip
-        del ours, bare, adam
-        torch.cuda.empty_cache()
-    dist.destroy_process_group()
-
-
 def sim() -> None:
     """Seconds of `foretold sim json=true` for 16,384 GPUs and 54 days."""
     folder = Path(tempfile.mkdtemp())
@@ -318,8 +254,8 @@ if __name__ == "__main__":
     from tests.bench_scaling import scaling
     from tests.bench_step import accuracy, step
 
-    benches = (sim, life, forms, step, accuracy, bookkeeping, trainers, saving, prediction, placements, data, pays, scaling, gpu)
+    benches = (sim, life, forms, step, accuracy, bookkeeping, trainers, saving, prediction, placements, data, pays, scaling)
     every = {bench.__name__: bench for bench in benches}
-    for name in sys.argv[1:] or [name for name in every if name != "gpu"]:
+    for name in sys.argv[1:] or every:
         print(f"\n== {name}")
         every[name]()

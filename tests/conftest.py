@@ -77,8 +77,8 @@ def foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
 # Tests that start ranks share the cores of the machine, and those of the first group ports and clocks too: each group is one worker's,
 # test after test, beside the other.
 GROUPS = {
-    "commands": ("align", "bad_input", "chaos", "compare", "data", "finetune", "launch", "partition", "replicas", "resume", "runs", "slurm",
-                 "survive", "tiny", "watch"),
+    "commands": ("align", "bad_input", "chaos", "compare", "data", "finetune", "kit", "launch", "partition", "replicas", "resume", "runs",
+                 "slurm", "survive", "tiny", "watch"),
     "worlds": ("mesh", "precision", "reshard"),
 }  # fmt: skip
 

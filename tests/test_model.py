@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from conf.arithmetic import parameters
 from conf.program import load
+from real import initial
 from real.initial import initialise
 from real.loss import loss_sum
 from real.model import Decoder, rotary, rotate
@@ -104,3 +105,17 @@ def test_schedules():
     wsd = train.but(schedule="wsd", decay=0.2)
     assert learning_rate(wsd, 70) == 1.0 and learning_rate(wsd, 91) == pytest.approx(0.55) and learning_rate(wsd, 100) == pytest.approx(0.1)
     assert learning_rate(train.but(schedule="constant", steps=None), 10**6) == 1.0
+
+
+def test_weights_are_the_same_however_many_threads_draw_them(monkeypatch):
+    monkeypatch.setattr(initial, "BLOCK", 1 << 12)  # several blocks a matrix
+    drawn, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            model = Decoder(load(SHAPE).model)
+            initialise(model, 3)
+            drawn.append([*model.parameters()])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
