@@ -22,6 +22,7 @@ ALONE = {
         "measure", "minhash", "model", "moe", "muon", "optim", "packing", "pages", "pipeline", "place", "private", "profile", "progress",
         "prompts", "remote", "resume", "rewards", "server", "shards", "slurm", "stability", "stage", "storage",
         "straggler", "substring", "tiers", "trainer", "urls", "winnow",
+        "gpu", "nvml", "passes", "products", "stopwatch", "watts",
     },
 }  # fmt: skip
 
