@@ -28,7 +28,8 @@ SEQUENCES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 TOGETHER = 16384  # tokens of a batch of shorter sequences; of the longest a quarter of the heads is timed
 MOVED = ((4096, 1024), (8192, 4096), (16384, 2048), (16384, 4096), (16384, 8192), (32768, 5120))  # tokens and width
 VOCABULARIES = ((4096, 32768), (8192, 32768), (8192, 128256), (2048, 50257))
-LISTS = ((12, 768, 2048), (24, 1024, 2816), (16, 2048, 5632), (4, 4096, 14336))  # blocks, width, feed-forward
+LISTS = ((12, 768, 2048), (24, 1024, 2816), (16, 2048, 5632), (4, 4096, 14336), (96, 64, 192), (48, 128, 384), (24, 256, 704),
+         (2, 4096, 14336), (48, 512, 1408), (8, 2048, 5632))  # blocks, width, feed-forward  # fmt: skip
 COPIED = (1 << 20, 1 << 26, 1 << 30)  # bytes
 BLOCKS = ((256, 4, 704), (512, 8, 1408))  # width, heads, feed-forward: small, so that the host is what is measured
 CALLS = 8  # blocks that the host queues in a row: some hundred kernels

@@ -28,7 +28,8 @@ NONE = "no counter of energy (libnvidia-ml): power is not measured"
 
 
 def phases(plan: Plan, where: torch.device, folder: Path, held: float = HELD, settle: float = SETTLE) -> list[Task]:
-    """Idle, products, copies, a kernel that waits as in a collective that never ends, and a training; none without a counter."""
+    """Idle, products, copies, a kernel that waits as in a collective that never ends, kernels that wait for the host, and a training;
+    none without a counter."""
     if nvml.joules(where) is None:
         return []
     works: dict[str, Callable[[Stopwatch], Callable[[], object]]] = {
@@ -36,6 +37,7 @@ def phases(plan: Plan, where: torch.device, folder: Path, held: float = HELD, se
         "products": lambda watch: watch.product,
         "copies": lambda watch: watch.copy,
         "spinning": lambda watch: partial(torch.cuda._sleep, SLEEP),
+        "waiting": lambda watch: partial(torch.ones(1, device=watch.where).add_, 1.0),
     }
     tasks = [Task("power", stage, "bf16", {}, partial(_phase, work, held, settle)) for stage, work in works.items()]
     return [*tasks, Task("power", "training", plan.train.precision, {}, partial(_training, plan, folder))]

@@ -300,7 +300,8 @@ class Device:
     def _tiles(self, products: Sequence["Product"], rates: Sequence[Array]) -> Array:
         """Arithmetic of products, each in waves of its best tiles."""
         columns = [[getattr(product, name) for product in products] for name in ("m", "n", "k", "matrices")]
-        m, n, k, matrices, rate = stacked(*columns, rates)
+        unequal = bool((self["gemm_odd"] != 1).any())
+        m, n, k, matrices, rate, odd = stacked(*columns, rates, [unequal and product.odd for product in products])
         each, half, best = matrices / self["units"], self["gemm_half"], None
         for a, b in TILES:
             waves = np.ceil(m / a) * np.ceil(n / b) * each
@@ -312,8 +313,7 @@ class Device:
         largest = np.prod(TILES[0]) / np.sum(TILES[0])
         best = best * (0.5 * largest / (largest + half))
         grouped = np.where(matrices > 1, self["grouped"], 1.0)
-        if (self["gemm_odd"] != 1).any():
-            rate = rate * np.where(stacked([product.odd for product in products])[0] > 0, self["gemm_odd"], 1.0)
+        rate = rate * np.where(odd > 0, self["gemm_odd"], 1.0)
         return np.asarray(2 * best * (k + self["gemm_depth"]) * (k > 0) / (rate / self["units"] * grouped))
 
 
