@@ -70,14 +70,18 @@ def _in_turns(kinds: Sequence[Sequence[Task]]) -> list[Task]:
 
 def _run(task: Task, watch: Stopwatch) -> dict[str, float]:
     """What was measured; nothing where the device has no such kernel or not enough memory, which is not tried again."""
-    try:
-        return task.run(watch)
-    except RuntimeError as error:
-        print(f"{' '.join(filter(None, task.key))}: {str(error).splitlines()[0]}", flush=True)
-        return {}
-    finally:
-        if watch.cuda:
-            torch.cuda.empty_cache()
+    for again in (True, False):
+        try:
+            watch.lead()
+            return task.run(watch)
+        except RuntimeError as error:
+            if watch.cuda:
+                torch.cuda.empty_cache()
+            if again and isinstance(error, torch.OutOfMemoryError):
+                continue  # in the way was what earlier tasks left behind
+            print(f"{' '.join(filter(None, task.key))}: {str(error).splitlines()[0]}", flush=True)
+            break
+    return {}
 
 
 def line(plan: Plan, task: Task, found: dict[str, float]) -> Row:

@@ -16,6 +16,7 @@ Call = Callable[[], Any]
 WIDTH, COPIED = 8192, 1 << 30  # of the product between two calls, and bytes of the copy: 1.4 and 0.5 ms on an H200
 REPEATS, BUDGET = 9, 0.05  # timed calls at most, and seconds that they may take together beyond the first three
 WARM = 2.0  # s until the power limit has settled
+LEAD = 10  # products and copies, about 20 ms, in which the host makes the next inputs, and again before the first timed call
 SLEEP = 40_000_000  # cycles, about 20 ms, in which the host gets ahead
 CALLS = 300  # that a queue takes without blocking the host
 
@@ -51,6 +52,11 @@ class Stopwatch:
         if self.cuda:
             self.during(self.busy, WARM)
 
+    def lead(self) -> None:
+        """Work for a GPU while the host prepares something: it is to stay at its limit."""
+        for _ in range(LEAD if self.cuda else 0):
+            self.busy()
+
     def during(self, work: Call, seconds: float) -> float:
         """Do something for at least so long, the device never idle; returns how long it took."""
         began = time.perf_counter()
@@ -67,7 +73,7 @@ class Stopwatch:
     def time(self, work: Call) -> Time:
         """Of a call among others, after one that is not counted."""
         work()
-        self.sync()
+        self.lead()
         spent = self._round(work, 3)
         more = min(REPEATS - 3, int(BUDGET / max(statistics.median(spent), 1e-9)))
         spent += self._round(work, more)
