@@ -31,7 +31,7 @@ class Sought(NamedTuple):
 
 
 FORM = {
-    "memory_efficiency": Sought("add|cast|norm|gelu", 0.05, 1.5, 0.8),
+    "memory_efficiency": Sought("add|cast|gelu", 0.05, 1.5, 0.8),
     "gemm_efficiency": Sought("matmul.*bf16", 0.02, 1.5, 0.7),
     "narrow_efficiency": Sought("matmul.*fp8", 0.02, 1.5, 0.6),
     "gemm_depth": Sought("matmul", 1.0, 4000.0, 80.0),
@@ -44,7 +44,7 @@ FORM = {
     "attention_backward": Sought("attention.backward", 0.01, 3.0, 0.4),
     "attention_head": Sought("attention", 0.05, 1000.0, 20.0),
 }
-STREAMS = ("add.forward", "cast.forward", "norm.forward", "gelu.forward")  # one kernel each, which reads and writes everything once
+STREAMS = ("add.forward", "cast.forward", "gelu.forward")  # one kernel each, which reads and writes everything once
 LEAST = 128  # rows, columns and depth of a product that the form is about
 THIRD = 3
 ROBUST = 0.1
@@ -152,7 +152,7 @@ def _single(op: str, stage: str, n: Mapping[str, Array]) -> Work | None:
 
 def _stream(kind: str, elements: Array) -> Work:
     """Kernels that read and write everything once, of 2 bytes; a cast reads 4 and writes 2."""
-    passes = {"add.forward": 3, "cast.forward": 3, "norm.forward": 2, "gelu.forward": 2}[kind]
+    passes = {"add.forward": 3, "cast.forward": 3, "gelu.forward": 2}[kind]
     return Work("add.forward", 0.0 * elements, passes * 2 * elements, 1)
 
 
