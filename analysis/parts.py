@@ -12,7 +12,7 @@ from conf.profile import Parameter
 from conf.units import show
 
 RELATIVES = {"h200-sxm": "h100-sxm"}  # the same processor with other memory
-OWN = ("snapshot", "idle_power", "eager_attention")  # which the trainer or the part itself decides
+OWN = ("host_launch", "snapshot", "idle_power", "eager_attention")  # of this trainer, its host and this part: tables have those of others
 
 
 def blocks(plan: Plan, parameters: Mapping[str, Parameter], rows: Rows, day: str) -> str:

@@ -1,6 +1,6 @@
 """The operations of a GPU, timed one after another into a table that grows: raw rows for `foretold analysis calibrate`.
 
-All kinds of operations take turns, the most telling first, so that any first part of the table is a calibration. A row is written when it
+All kinds of operations take turns, each with its sizes mixed, so that any first part of the table is a calibration. A row is written when it
 is measured; a command that was cut, or that ran out of time, goes on where the table ends. Nothing is fitted here.
 """
 
@@ -35,7 +35,8 @@ def measure(plan: Plan, folder: Path, watch: Stopwatch | None = None, limit: flo
     count = len(left)
     if nvml.joules(where) is None:
         print(watts.NONE, flush=True)
-    watch.warm()
+    if left:
+        watch.warm()
     while left and time.monotonic() - began < limit:
         task = left.pop(0)
         append(path, line(plan, task, _run(task, watch)))
@@ -56,11 +57,10 @@ def save(plan: Plan, folder: Path, first: bool) -> None:
 
 
 def tasks(plan: Plan, where: torch.device, folder: Path) -> list[Task]:
-    """All kinds, each evenly over the whole; launches and the phases of power come first, because all else rests on them."""
-    first = [*passes.launches(plan, where), *watts.phases(plan, where, folder)]
+    """All kinds, each evenly over the whole; launches come first, because all else rests on them."""
     kinds = (products.products, products.mixtures, passes.attentions, passes.moving, passes.copies)
-    rest = [list(kind(where)) for kind in kinds] + [list(passes.updates(plan, where))]
-    return [*first, *_in_turns(rest)]
+    rest = [list(kind(where)) for kind in kinds] + [list(passes.updates(plan, where)), watts.phases(plan, where, folder)]
+    return [*passes.launches(plan, where), *_in_turns(rest)]
 
 
 def _in_turns(kinds: Sequence[Sequence[Task]]) -> list[Task]:

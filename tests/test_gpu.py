@@ -92,14 +92,14 @@ def test_a_gpu_trains_as_a_cpu(precision, compiled):
 
 
 def test_a_part_of_the_calibration_is_one(tmp_path):
-    """Half a minute of it: every kind of row, physical numbers, and a second call that goes on where the first was cut."""
+    """A minute of it: every kind of row, physical numbers, and a second call that goes on where the first was cut."""
     from analysis.calibrate import table
     from analysis.gpu import fit, held_out
     from real import gpu, nvml
     from real.stopwatch import Stopwatch
 
     plan, watch = load(["experiment=h200"]), Stopwatch(device(load(SHAPE)))
-    left = gpu.measure(plan, tmp_path, watch, limit=30.0)
+    left = gpu.measure(plan, tmp_path, watch, limit=60.0)
     rows = table(tmp_path / gpu.TABLE)
     assert gpu.measure(plan, tmp_path, watch, limit=5.0) < left
     assert len(table(tmp_path / gpu.TABLE)) > len(rows) > 40
@@ -111,5 +111,4 @@ def test_a_part_of_the_calibration_is_one(tmp_path):
     assert held_out(plan, rows, parameters)["all"].median < 20
     if nvml.joules(watch.where) is not None:
         watts = {row["stage"]: float(row["watts"]) for row in rows if row["op"] == "power"}
-        assert watts["idle"] < watts["waiting"] < watts["products"] < 1.05 * plan.gpu.max_power
-        assert len((tmp_path / "power.csv").read_text().splitlines()) > 100
+        assert 50 < watts["idle"] < watts["products"] < 1.05 * plan.gpu.max_power

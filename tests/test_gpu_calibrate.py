@@ -128,7 +128,7 @@ def test_the_blocks_for_the_tables(calibrated, plan: Plan) -> None:
     assert own["eager_attention"] == pytest.approx(1 / 1.4, rel=0.05)  # torch's kernel beside the best
     assert relative["gemm_efficiency"] == own["gemm_efficiency"] and not {"idle_power", "calibrated"} & relative.keys()
     assert blocks["power"]["memory"] == pytest.approx(365 / 585, rel=0.01)
-    assert plan.gpu.but(**own).launch == pytest.approx(LAUNCH, rel=0.01) and plan.gpu.but(**relative).host_launch > 0
+    assert plan.gpu.but(**own).launch == pytest.approx(LAUNCH, rel=0.01) and not {"host_launch", "snapshot"} & own.keys()
 
 
 def test_a_profile_takes_the_place_of_the_tables_numbers(calibrated, plan: Plan) -> None:
