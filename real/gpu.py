@@ -1,7 +1,7 @@
 """The operations of a GPU, timed one after another into a table that grows: raw rows for `foretold analysis calibrate`.
 
-All kinds of operations take turns, each with its sizes mixed, so that any first part of the table is a calibration. A row is written when it
-is measured; a command that was cut, or that ran out of time, goes on where the table ends. Nothing is fitted here.
+All kinds of operations take turns, each with its sizes mixed, so that any first part of the table is a calibration. A row is written
+when it is measured; a command that was cut, or that ran out of time, goes on where the table ends. Nothing is fitted here.
 """
 
 import csv

@@ -93,15 +93,16 @@ def _training(plan: Plan, folder: Path, watch: Stopwatch) -> dict[str, float]:
 
 
 @contextmanager
-def sampled(where: torch.device, path: Path, read: Callable[[torch.device], float | None] = nvml.watts) -> Iterator[None]:
-    """Write the power of a device to a table while something goes on: seconds since the start, and watts."""
-    done, rows = threading.Event(), ["at,watts"]
+def sampled(where: torch.device, path: Path) -> Iterator[None]:
+    """Write the power of a device to a table while something goes on: seconds since the start, watts, which the driver may have smoothed
+    over a second, and joules, whose differences are not smoothed."""
+    done, rows = threading.Event(), ["at,watts,joules"]
 
     def sample() -> None:
         began = time.perf_counter()
         while not done.wait(PERIOD):
-            watts = read(where)
-            rows.append(f"{time.perf_counter() - began:.4f},{'' if watts is None else watts}")
+            read = ("" if number is None else f"{number:.3f}" for number in (nvml.watts(where), nvml.joules(where)))
+            rows.append(",".join([f"{time.perf_counter() - began:.4f}", *read]))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
