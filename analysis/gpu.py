@@ -5,7 +5,7 @@ the optimizer, copies, checkpoints, power.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from analysis.calibrate import Rows, _as, _by, _inverse, _work, line, roofline, 
 from analysis.tiles import Flags, groups_of, overhead, predicted, seconds_of, solved
 from conf.plan import Mla, Moe, Plan
 from conf.profile import Parameter
-from sim.kernels import KINDS, Array
+from sim.kernels import KINDS, Array, Device, given
 from sim.parallel import block_work, calls, columns
 
 
@@ -40,9 +40,16 @@ def fit(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, float]]
 
 
 def held_out(plan: Plan, rows: Rows, parameters: Mapping[str, Parameter]) -> dict[str, Score]:
-    """Errors on the products that took no part in the fit, by precision, layout and alignment, and on those that are too thin for it."""
+    """Errors on the products that took no part in the fit, by precision, layout and alignment, on those that are too thin for it, and on
+    whole blocks, of which none did."""
     parts: dict[str, list[Array]] = {}
-    for group in groups_of([row for row in rows if row["time_us"]]):
+    rows = [row for row in rows if row["time_us"]]
+    for row in (row for row in rows if row["op"] == "block"):
+        p, own = _block(plan, row)
+        device = Device([given(own, parameters)])
+        told = sum(float(device.seconds(work)[0]) for work in block_work(p, row["stage"]))
+        parts.setdefault(f"block, {row['stage']}", []).append(np.abs(told / seconds_of([row], overhead(rows)) - 1))
+    for group in groups_of(rows):
         if group.kind.startswith("matmul"):
             error = np.abs(predicted(plan, group, parameters) / group.seconds - 1)
             held = ~group.kept & ~group.thin
@@ -68,11 +75,17 @@ def _launches(plan: Plan, rows: Rows) -> dict[str, Parameter]:
 
 def _counted(plan: Plan, row: Mapping[str, str]) -> float:
     """Kernels of a block's pass as the step model counts them."""
+    p, _ = _block(plan, row)
+    return float(np.ravel(calls(p, block_work(p, row["stage"])))[0])
+
+
+def _block(plan: Plan, row: Mapping[str, str]) -> tuple[Any, Plan]:
+    """The plan of a measured block, in eager code, and its columns."""
     sizes = {"hidden": int(row["k"]), "heads": int(row["heads"]), "kv_heads": int(row["kv_heads"]), "ffn": int(row["n"]), "layers": 1}
     model = plan.model.but(moe=Moe(), mla=Mla(), head=None, gated=True, positions="rope", layer_norm=False, qk_norm=False, mtp=0, **sizes)
-    own = {"train.compile": False, "train.precision": "bf16", "train.micro_batch": 1, "train.seq_len": int(row["seq"]), "mesh.tp": 1}
-    p = columns([plan.but(model=model, **own)])
-    return float(np.ravel(calls(p, block_work(p, row["stage"])))[0])
+    own = {"compile": False, "precision": "bf16", "micro_batch": int(row["batch"]), "seq_len": int(row["seq"])}
+    one = plan.but(model=model, **{f"train.{name}": value for name, value in own.items()}, **{"mesh.tp": 1, "mesh.cp": 1})
+    return columns([one]), one
 
 
 def _moved(plan: Plan, rows: Rows, found: Mapping[str, Parameter]) -> tuple[dict[str, Parameter], dict[str, float]]:

@@ -59,7 +59,8 @@ def save(plan: Plan, folder: Path, first: bool) -> None:
 def tasks(plan: Plan, where: torch.device, folder: Path) -> list[Task]:
     """All kinds, each evenly over the whole; launches come first, because all else rests on them."""
     kinds = (products.products, products.mixtures, passes.attentions, passes.moving, passes.copies)
-    rest = [list(kind(where)) for kind in kinds] + [list(passes.updates(plan, where)), watts.phases(plan, where, folder)]
+    rest = [list(kind(where)) for kind in kinds]
+    rest += [list(passes.updates(plan, where)), list(passes.blocks(plan, where)), watts.phases(plan, where, folder)]
     return [*passes.launches(plan, where), *_in_turns(rest)]
 
 

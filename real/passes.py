@@ -31,7 +31,9 @@ VOCABULARIES = ((4096, 32768), (8192, 32768), (8192, 128256), (2048, 50257))
 LISTS = ((12, 768, 2048), (24, 1024, 2816), (16, 2048, 5632), (4, 4096, 14336), (96, 64, 192), (48, 128, 384), (24, 256, 704),
          (2, 4096, 14336), (48, 512, 1408), (8, 2048, 5632))  # blocks, width, feed-forward  # fmt: skip
 COPIED = (1 << 20, 1 << 26, 1 << 30)  # bytes
-BLOCKS = ((256, 4, 704), (512, 8, 1408))  # width, heads, feed-forward: small, so that the host is what is measured
+SMALL = ((1, 128, 256, 4, 4, 704), (1, 128, 512, 8, 8, 1408))  # blocks of which the host is what is measured
+BLOCKS = ((4, 2048, 768, 12, 12, 2048), (8, 2048, 1024, 16, 8, 2816), (4, 2048, 2048, 32, 8, 5632), (2, 4096, 3072, 24, 8, 8192),
+          (1, 8192, 4096, 32, 8, 14336), (1, 16384, 4096, 32, 8, 14336))  # sequences, their length, width, heads, of keys, ffn  # fmt: skip
 CALLS = 8  # blocks that the host queues in a row: some hundred kernels
 
 
@@ -174,13 +176,21 @@ def _copy(size: int, stage: str, how: str, where: torch.device) -> Call:
 
 
 def launches(plan: Plan, where: torch.device) -> Iterator[Task]:
-    """The smallest kernel between two events, behind others, and on the host; whole blocks on the host, of few tokens."""
+    """The smallest kernel between two events, behind others, and on the host; and blocks on the host."""
     for stage, how in (("alone", Stopwatch.time), ("queued", Stopwatch.queued), ("hosted", Stopwatch.hosted)):
         yield Task("launch", stage, "bf16", {"m": 1, "k": 1}, partial(_smallest, how))
-    for width, heads, ffn in BLOCKS if where.type == "cuda" else [(16, 2, 32)]:
-        for stage in PASSES:
-            shape = {"batch": 1, "seq": 128, "heads": heads, "kv_heads": heads, "k": width, "n": ffn}
-            yield Task("host", stage, "bf16", shape, partial(_block, plan, shape, stage))
+    yield from _blocks("host", plan, SMALL if where.type == "cuda" else ((1, 8, 16, 2, 2, 32),))
+
+
+def blocks(plan: Plan, where: torch.device) -> Iterator[Task]:
+    """Whole blocks on the device: what the times of single operations are checked on."""
+    return _blocks("block", plan, BLOCKS if where.type == "cuda" else ((1, 8, 16, 2, 2, 32),))
+
+
+def _blocks(op: str, plan: Plan, sizes: tuple[tuple[int, ...], ...]) -> Iterator[Task]:
+    for size, stage in itertools.product(sizes, PASSES):
+        shape = dict(zip(("batch", "seq", "k", "heads", "kv_heads", "n"), size, strict=True))
+        yield Task(op, stage, "bf16", shape, partial(_block, plan, shape, stage, op == "host"))
 
 
 def _smallest(how: Callable[[Stopwatch, Call], Any], watch: Stopwatch) -> dict[str, float]:
@@ -188,14 +198,15 @@ def _smallest(how: Callable[[Stopwatch, Call], Any], watch: Stopwatch) -> dict[s
     return told(how(watch, partial(one.add_, 1.0)))
 
 
-def _block(plan: Plan, shape: dict[str, int], stage: str, watch: Stopwatch) -> dict[str, float]:
-    """Seconds in which the host queues a block."""
+def _block(plan: Plan, shape: dict[str, int], stage: str, host: bool, watch: Stopwatch) -> dict[str, float]:
+    """Seconds in which the device computes a block's pass, or the host queues it."""
     settings = {"layers": 1, "hidden": shape["k"], "heads": shape["heads"], "kv_heads": shape["kv_heads"], "ffn": shape["n"]}
     block = Block(dense(plan.model).but(**settings), 0).to(watch.where, torch.bfloat16)
     angles = tuple(t.to(torch.bfloat16) for t in rotary(torch.arange(shape["seq"], device=watch.where), shape["k"] // shape["heads"], 1e4))
-    x = _drawn(watch.where, 1, shape["seq"], shape["k"])
+    x = _drawn(watch.where, shape["batch"], shape["seq"], shape["k"])
+    how = partial(Stopwatch.hosted, watch, calls=CALLS) if host else watch.time
     if stage == "forward":
-        return told(watch.hosted(lambda: block(x, angles, None), CALLS))
+        return told(how(partial(block, x, angles, None)))
     out = block(x, angles, None)
     inputs, grad = [x, *block.parameters()], torch.randn_like(out)
-    return told(watch.hosted(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True), CALLS))
+    return told(how(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)))

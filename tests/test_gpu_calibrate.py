@@ -79,9 +79,11 @@ def spent(plan: Plan, task: Task) -> float:
         return 1e-5 + n["bytes"] / (2e12 if stage == "aside" else {"pinned": 52e9, "pageable": 11e9}[task.how])
     if task.op == "launch":
         return {"alone": LAUNCH + EVENTS, "queued": LAUNCH, "hosted": 4e-6}[stage]
-    if task.op == "host":
+    if task.op in ("host", "block"):
         model = plan.model.but(layers=1, hidden=n["k"], heads=n["heads"], kv_heads=n["kv_heads"], ffn=n["n"])
-        p = columns([plan.but(model=model, **{"train.compile": False, "train.micro_batch": 1, "train.seq_len": n["seq"]})])
+        p = columns([plan.but(model=model, **{"train.compile": False, "train.micro_batch": n["batch"], "train.seq_len": n["seq"]})])
+        if task.op == "block":
+            return 1.05 * sum(float(device.seconds(work)[0]) for work in block_work(p, stage))  # operations in a row cost a little more
         return HOST * float(np.ravel(calls(p, block_work(p, stage)))[0])
     if task.op == "cast":
         return LAUNCH + 6 * n["m"] * n["k"] / memory
@@ -119,6 +121,7 @@ def test_a_third_of_the_products_is_held_out(calibrated) -> None:
     assert (
         1.5 < told["all"]["median"] < 3 and told["all"]["median"] < told["all"]["mean"] < 6
     )  # 3% of noise, and one in forty twice as long
+    assert held["block, forward"] == held["block, backward"] == 6 and 2 < told["block, forward"]["median"] < 10
     assert held["odd"] > 10 and held["thin, in no part"] > 20
 
 
