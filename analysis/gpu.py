@@ -129,14 +129,14 @@ def _updates(rows: Rows, report: dict[str, float]) -> dict[str, Parameter]:
 
 
 def _copies(rows: Rows) -> dict[str, Parameter]:
-    """Rates of the largest copy of each kind; a checkpoint beside the training takes the state aside by a copy on the device."""
+    """Rates of the largest copy of each kind; a checkpoint beside the training takes the state aside into pageable memory."""
     largest: dict[str, tuple[float, float, float]] = {}
     for row in rows:
         if row["op"] == "copy":
-            size, seconds = float(row["bytes"]), float(row["time_us"]) * 1e-6
-            name = "snapshot" if row["stage"] == "aside" else f"{row['stage']}.{row['how']}"
+            size, seconds, name = float(row["bytes"]), float(row["time_us"]) * 1e-6, f"{row['stage']}.{row['how']}"
             largest[name] = max(largest.get(name, (0.0, 0.0, 0.0)), (size, size / seconds, float(row["cv"] or 0)))
-    return {name: Parameter(rate, "B/s", rate * cv) for name, (_, rate, cv) in largest.items()}
+    found = {name: Parameter(rate, "B/s", rate * cv) for name, (_, rate, cv) in largest.items()}
+    return found | ({"snapshot": found["to_host.pageable"]} if "to_host.pageable" in found else {})
 
 
 def _power(plan: Plan, rows: Rows) -> dict[str, Parameter]:

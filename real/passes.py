@@ -159,18 +159,14 @@ def _update(sizes: list[tuple[int, ...]], rate: float, where: torch.device) -> C
 
 
 def copies(where: torch.device) -> Iterator[Task]:
-    """Between host and device, and aside on the device."""
+    """Between host and device."""
     cuda = where.type == "cuda"
-    for size, stage, how in itertools.product(COPIED if cuda else (4096,), ("to_host", "to_device", "aside"), ("pinned", "pageable")):
-        if not (stage == "aside" and how == "pinned") and (cuda or how == "pageable"):
-            yield Task("copy", stage, "bf16", {"bytes": size}, partial(timed, partial(_copy, size, stage, how)), how)
+    for size, stage, how in itertools.product(COPIED if cuda else (4096,), ("to_host", "to_device"), ("pinned", "pageable")[not cuda :]):
+        yield Task("copy", stage, "bf16", {"bytes": size}, partial(timed, partial(_copy, size, stage, how)), how)
 
 
 def _copy(size: int, stage: str, how: str, where: torch.device) -> Call:
-    device = torch.ones(size, device=where, dtype=torch.uint8)
-    if stage == "aside":
-        return device.clone
-    host = torch.ones(size, dtype=torch.uint8, pin_memory=how == "pinned")
+    device, host = torch.ones(size, device=where, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8, pin_memory=how == "pinned")
     into, out_of = (host, device) if stage == "to_host" else (device, host)
     return partial(into.copy_, out_of, non_blocking=how == "pinned")
 
