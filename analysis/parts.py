@@ -7,6 +7,7 @@ limits) stays as the relative's own file has it. The relative itself was not mea
 from collections.abc import Mapping
 
 from analysis.calibrate import Rows
+from analysis.tiles import LEAST
 from conf.plan import Plan
 from conf.profile import Parameter
 from conf.units import show
@@ -17,7 +18,7 @@ OWN = ("host_launch", "snapshot", "idle_power", "eager_attention")  # of this tr
 
 def blocks(plan: Plan, parameters: Mapping[str, Parameter], rows: Rows, day: str) -> str:
     """YAML: of each part the numbers of its table, and the shares of conf/power."""
-    name, how = plan.gpu.name, f"measured on one {plan.gpu.name}, {day}"
+    name, how = plan.gpu.name, f"measured on one {plan.gpu.name}, fitted on {day}"
     found = _table(plan, parameters)
     power = {key.removeprefix("power."): p for key, p in parameters.items() if key.startswith("power.")}
     lines = [f"# foretold analysis calibrate: {len([row for row in rows if row['time_us']])} operations {how}"]
@@ -47,17 +48,17 @@ def _idle(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
 def _lines(found: Mapping[str, Parameter], how: str) -> list[str]:
     lines = []
     for name, p in found.items():
-        error = f", ± {p.standard_error / p.value:.0%}" if p.standard_error and p.value else ""
+        error = f", ± {p.standard_error / p.value:.1%}" if p.standard_error and p.value else ""
         number = f"{p.value:.3g}" if p.unit == "1" else show(p.value, p.unit)
         lines.append(f"  {name + ': ' + number:28}  # {how}{error}")
     return lines
 
 
 def _ranges(rows: Rows, how: str) -> list[str]:
-    """Least and most of what was measured, by the names that sim.kernels.beyond asks for."""
+    """Least and most of what was measured and fitted, by the names that sim.kernels.beyond asks for."""
     sizes: dict[str, list[int]] = {}
     for row in (row for row in rows if row["time_us"]):
-        if row["op"] == "matmul":
+        if row["op"] == "matmul" and min(int(row[name]) for name in "mnk") >= LEAST:
             for name in "mnk":
                 sizes.setdefault(name, []).append(int(row[name]))
         if row["op"] == "grouped":
