@@ -3,10 +3,11 @@
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -233,6 +234,50 @@ def test_every_kind_is_timed_and_nothing_twice(small: Plan, tmp_path: Path, capf
     assert (tmp_path / gpu.TABLE).stat().st_size == size
     out = capfd.readouterr().out
     assert out.splitlines()[0] == watts.NONE and "timed 0 operations" in out and len(out.splitlines()) == 2
+
+
+class Queue:
+    """A GPU's queue and clock: what was done, and how long each takes."""
+
+    def __init__(self) -> None:
+        self.at, self.order = 0.0, list[str]()
+
+    def does(self, name: str, seconds: float) -> Callable[..., None]:
+        def call(*_: Any) -> None:
+            self.at += seconds
+            self.order.append(name)
+
+        return call
+
+    def event(self, enable_timing: bool) -> Any:
+        event = SimpleNamespace()
+        event.record = lambda: setattr(event, "at", self.at)
+        event.elapsed_time = lambda later: (later.at - event.at) * 1e3
+        return event
+
+
+def test_a_gpus_clock_is_read_among_load(monkeypatch) -> None:
+    """The branches for a GPU, with its queue replaced: what runs around the timed call, and that only it counts."""
+    watch, queue = Stopwatch(torch.device("cpu"), 8, 8), Queue()
+    watch.cuda = True
+    monkeypatch.setattr(torch.cuda, "Event", queue.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", queue.does("sync", 0.001))
+    monkeypatch.setattr(torch.cuda, "_sleep", queue.does("sleep", 0.02))
+    monkeypatch.setattr(watch, "busy", queue.does("busy", 0.002))
+    work = queue.does("work", 0.02)
+    assert watch.time(work).seconds == pytest.approx(0.02)
+    assert queue.order == ["work", *["busy"] * 10, *["busy", "work"] * 3, "sync", *["busy", "work"] * 2, "sync"]  # two more fit into 50 ms
+    monkeypatch.setattr("real.stopwatch.CALLS", 4)
+    queue.order.clear()
+    assert watch.queued(work).seconds == pytest.approx(0.02)
+    assert queue.order == ["sleep", *["work"] * 4, "sync"] * 6
+    queue.order.clear()
+    watch.hosted(work, 3)
+    assert queue.order == ["sleep", *["work"] * 3, "sync"] * 6
+    monkeypatch.setattr("real.stopwatch.WARM", 0.0)
+    queue.order.clear()
+    watch.warm()
+    assert queue.order == [*["busy"] * 20, "sync"]
 
 
 def test_what_a_device_has_not_is_a_row_without_a_time(small: Plan, tmp_path: Path, capfd) -> None:
