@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,11 +57,16 @@ def record(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@cache
+def true_device(precision: str) -> Device:
+    found = {name: Parameter(value, "1") for name, value in TRUE.items()} | {"launch": Parameter(LAUNCH, "s")}
+    return Device([given(load([*H200, f"train.precision={precision}"]), found)])
+
+
 def spent(plan: Plan, task: Task) -> float:
     """Seconds of a task by the simulator's formulas, written down a second time."""
     n, stage = task.shape, task.stage
-    found = {name: Parameter(value, "1") for name, value in TRUE.items()} | {"launch": Parameter(LAUNCH, "s")}
-    device = Device([given(plan.but(**{"train.precision": task.precision if task.precision == "fp8" else "bf16"}), found)])
+    device = true_device(task.precision if task.precision == "fp8" else "bf16")
     if task.op == "matmul":
         if stage == "forward":
             return float(device.seconds(matmul(n["m"], n["n"], n["k"], 2, stage))[0])
