@@ -90,12 +90,13 @@ def alone(device: Device, kernels: list[Kernel]) -> Array:
         flops, size, launches = (each(name, works) for name in ("flops", "bytes", "launches"))
         if works[0].products:
             products = [work.products[0] for work in works]
-            product = Product(*(each(name, products) for name in ("m", "n", "k", "matrices")))
+            m, n, k, matrices = (each(name, products) for name in ("m", "n", "k", "matrices"))
+            product = Product(m, n, k, matrices)
             mine.numbers |= {"overlap": np.full(len(index), HIDDEN), "grouped": mine["grouped_alone"]}
             took = mine.seconds(Work(kind, flops, size, launches, (product,)))
             seconds[index] = took / (1 + mine["burst"] / (1 + took / MOMENT))
         else:
-            seconds[index] = mine.seconds(Work(kind, flops, size, launches, chain=each("chain", works)))
+            seconds[index] = mine.seconds(Work(kind, flops, size, launches, chain=each("chain", works), head=each("head", works)))
     return np.maximum(seconds / device["alone"], np.array([kernel.calls for kernel in kernels]) * device["host"])
 
 

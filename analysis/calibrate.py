@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +26,16 @@ from conf.units import show
 from sim.kernels import COLLECTIVES, Device, Work, attention, given, matmul, moved
 from sim.parallel import block_work, columns
 
+if TYPE_CHECKING:
+    from analysis.gpu import Score
+
 OPTIONS = {
     "runs": ("runs", "folder of the records; the newest measurement in it is used"),
     "out": ("runs/profile.yaml", "file of the profile"),
     "json": ("false", "print the profile as JSON and nothing else"),
 }
 Rows = list[dict[str, str]]
+GPU = "gpu.csv"  # what real/gpu.py measures
 
 
 def calibrate(options: Mapping[str, str]) -> int:
@@ -39,13 +43,17 @@ def calibrate(options: Mapping[str, str]) -> int:
     folder = newest(Path(options["runs"]))
     plan = from_yaml(folder / "plan.yaml")
     parameters, report = fit(plan, folder)
+    held = held_out(plan, folder, parameters)
     name, machine = f"{plan.gpu.name}, {plan.ranks} ranks", f"{platform.machine()} {platform.system()}"
     profile = Profile(name, machine, datetime.now(UTC).date().isoformat(),
                       plan.train.precision, plan.ranks, parameters)  # fmt: skip
     out = Path(options["out"])
     write(out, profile_yaml(profile))
+    if held:
+        write(out.with_suffix(".gpu.yaml"), _blocks(plan, folder, profile))
     if options["json"] == "true":
-        print(json.dumps({"profile": str(out), "parameters": {n: vars(p) for n, p in parameters.items()}, "error_pct": report}))
+        told = {"profile": str(out), "parameters": {n: vars(p) for n, p in parameters.items()}, "error_pct": report}
+        print(json.dumps(told | ({"held_out": {name: score._asdict() for name, score in held.items()}} if held else {})))
         return 0
     print(f"{len(parameters)} rates of {profile.name}, from {folder}")
     for name, p in parameters.items():
@@ -54,6 +62,11 @@ def calibrate(options: Mapping[str, str]) -> int:
     print("\nmedian error of the fit on its own rows")
     for kind, value in report.items():
         print(f"  {kind:32} {value:5.1f} %")
+    if held:
+        print("\nerror on products that took no part in the fit" + 15 * " " + "rows   median     mean")
+        for name, score in held.items():
+            print(f"  {name:55} {score.rows:6} {score.median:7.1f} % {score.mean:6.1f} %")
+        print(f"\nblocks for conf/gpu and conf/power: {out.with_suffix('.gpu.yaml')}")
     print(f"\nprofile: {out}\nnext: foretold sim profile={out}")
     return 0
 
@@ -74,7 +87,12 @@ def table(path: Path) -> Rows:
 
 def fit(plan: Plan, folder: Path) -> tuple[dict[str, Parameter], dict[str, float]]:
     """All parameters that the record's tables determine, and the median error in percent of each fit."""
-    parameters, report = _kernels(plan, table(folder / "kernels.csv"))
+    if (folder / GPU).is_file():
+        from analysis import gpu
+
+        parameters, report = gpu.fit(plan, table(folder / GPU))
+    else:
+        parameters, report = _kernels(plan, table(folder / "kernels.csv"))
     for kind, rows in _by(table(folder / "network.csv"), "op").items():
         if kind in COLLECTIVES:
             ring = 2 if kind == "all_reduce" else 1
@@ -86,6 +104,21 @@ def fit(plan: Plan, folder: Path) -> tuple[dict[str, Parameter], dict[str, float
         parameters |= {f"{kind}.latency": _as(latency, "s"), f"{kind}.bandwidth": _inverse(bandwidth, "B/s")}
         report[kind] = error
     return parameters | _data(plan, folder), report
+
+
+def held_out(plan: Plan, folder: Path, parameters: Mapping[str, Parameter]) -> Mapping[str, "Score"]:
+    """Errors on what took no part in the fit: of a GPU, whose products have more forms than parameters."""
+    if not (folder / GPU).is_file():
+        return {}
+    from analysis import gpu
+
+    return gpu.held_out(plan, table(folder / GPU), parameters)
+
+
+def _blocks(plan: Plan, folder: Path, profile: Profile) -> str:
+    from analysis.parts import blocks
+
+    return blocks(plan, profile.parameters, table(folder / GPU), profile.created)
 
 
 def _by(rows: Rows, *names: str) -> dict[str, Rows]:
@@ -102,13 +135,9 @@ def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, fl
     launch = float(np.median([float(r["time_us"]) for r in groups.pop("launch.forward")])) * 1e-6
     groups.pop("launch.backward")
     parameters = {"launch": Parameter(launch, "s")}
-    report = {}
+    report: dict[str, float] = {}
     size = 2 if plan.train.half else 4
-    for kind, way in (("save", "write"), ("load", "read")):
-        if rows := groups.pop(f"storage.{kind}", []):
-            parts = [[1.0] * len(rows), [float(r["m"]) for r in rows], [float(r["bytes"]) for r in rows]]
-            (start, tensor, byte), report[f"storage.{kind}"] = lines(parts, [float(r["time_us"]) * 1e-6 for r in rows])
-            parameters |= {f"{kind}_start": _as(start, "s"), f"{kind}_tensor": _as(tensor, "s"), f"storage_{way}": _inverse(byte, "B/s")}
+    parameters |= storage(groups, report)
     blocks = groups.pop("block.forward", []) + groups.pop("block.backward", [])
     updates = groups.pop("optimizer.step", [])
     if updates:
@@ -130,6 +159,17 @@ def _kernels(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, fl
         parameters |= found
         parameters["jitter"] = Parameter(float(np.median([float(row["cv"]) for row in blocks])), "1")
     return parameters, report
+
+
+def storage(groups: dict[str, Rows], report: dict[str, float]) -> dict[str, Parameter]:
+    """Saves and loads of checkpoints, taken out of the groups: something by itself, something a tensor, something a byte."""
+    found: dict[str, Parameter] = {}
+    for kind, way in (("save", "write"), ("load", "read")):
+        if rows := groups.pop(f"storage.{kind}", []):
+            parts = [[1.0] * len(rows), [float(r["m"]) for r in rows], [float(r["bytes"]) for r in rows]]
+            (start, tensor, byte), report[f"storage.{kind}"] = lines(parts, [float(r["time_us"]) * 1e-6 for r in rows])
+            found |= {f"{kind}_start": _as(start, "s"), f"{kind}_tensor": _as(tensor, "s"), f"storage_{way}": _inverse(byte, "B/s")}
+    return found
 
 
 def _composition(plan: Plan, parameters: Mapping[str, Parameter], rows: Rows) -> tuple[dict[str, Parameter], float]:

@@ -52,12 +52,16 @@ class Gpu(Node):
     gemm_depth: float = say("depth of a matrix product that filling and draining a tile costs, in elements of k", 0.0, must=NOT_NEGATIVE)
     gemm_half: float = say("intensity a b / (a + b) of an a × b tile at which it runs at half of an endless one's rate", 0.0,
                            must=NOT_NEGATIVE)  # fmt: skip
+    gemm_backward: float = say("rate of the gradients' matrix products over that of forward ones", 1.0, must=POSITIVE)
+    gemm_odd: float = say("rate of matrix products whose rows do not begin at multiples of 16 bytes over that of others", 1.0,
+                          must=POSITIVE)  # fmt: skip
     early: bool = say("whether its libraries are those of its first year, as CUDA 11.8 was for Hopper", False)
     early_gemm: float = say("rate of matrix products by such libraries over that by mature ones", 1.0, must=POSITIVE)
     grouped_efficiency: float = say("rate of grouped matrix products over that of single ones", 1.0, must=POSITIVE)
     grouped_alone: float = say("the same of grouped products that are measured by themselves", 0.85, must=POSITIVE)
     attention_efficiency: float = say("rate of the attention kernel, forward, as a fraction of a large matrix product's", must=POSITIVE)
     attention_backward: float = say("the same, backward", must=POSITIVE)
+    attention_head: float = say("width that a head's softmax takes the time of, besides its products", 0.0, must=NOT_NEGATIVE)
     memory_efficiency: float = say("fraction of the memory bandwidth that element-wise kernels reach", must=POSITIVE)
     calibrated: Optional[dict[str, list[int]]] = say(
         "least and most m, n and k of products, tokens of an expert, sequence and head width that were measured", None

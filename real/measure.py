@@ -11,12 +11,13 @@ import torch.distributed as dist
 from conf.files import write
 from conf.plan import Plan
 from conf.record import Record
-from real import kernels, network, optim, storage
+from real import gpu, kernels, network, optim, storage
 from real.cluster import rank
 from real.heartbeat import clock
 from real.kernels import Row
 from real.parallel import Axes
 from real.pipeline import stages_of
+from real.resume import led
 from real.timeline import Timeline
 from real.trainer import filled
 
@@ -29,7 +30,9 @@ def measure(plan: Plan, folder: Path, names: tuple[str, ...], epoch: float, laun
     _built(plan)
     record.observe("measure", "init", record.now() - launched)
     record.flush()
-    if "kernels" in names:
+    if "kernels" in names and plan.gpu.kind == "cuda":
+        _alone(plan, folder)
+    elif "kernels" in names:
         tables = [_typical([*_operations(plan)] for _ in range(ROUNDS)), _typical([*storage.rows(plan, folder)] for _ in range(ROUNDS))]
         _save(folder / "kernels.csv", [row for table in tables for row in table], "operations")
     if "network" in names:
@@ -42,6 +45,12 @@ def _operations(plan: Plan) -> Iterator[Row]:
     crew = dist.new_group(range(min(cores, plan.ranks))) if dist.is_initialized() else None
     if rank() < cores:
         yield from kernels.rows(plan, crew)
+
+
+def _alone(plan: Plan, folder: Path) -> None:
+    """One GPU is measured while the others wait, since they share nothing of what is timed; checkpoints are all ranks' together."""
+    if not led(lambda: gpu.measure(plan, folder)):
+        gpu.save(plan, folder, rank() == 0)
 
 
 def _built(plan: Plan) -> None:

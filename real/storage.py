@@ -7,7 +7,7 @@ All ranks save together, so the times hold what they say to each other: a save c
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ SHAPES = ((2, 64), (30, 128), (120, 128), (30, 640))  # tensors and their width
 REPEATS = 4  # the first warms up
 
 
-def rows(plan: Plan, folder: Path) -> Iterator[Row]:
+def rows(plan: Plan, folder: Path, shapes: Sequence[tuple[int, int]] = SHAPES) -> Iterator[Row]:
     """A save and a load of each shape; `m` is the number of tensors, `bytes` their sum over all ranks."""
     where, plan = device(plan), plan.but(**{"checkpoint.asynchronous": False})
     mesh = init_device_mesh(where.type, (plan.ranks,)) if dist.is_initialized() else None
-    for count, width in SHAPES:
+    for count, width in shapes:
         lines = -(-width // plan.ranks)
         tensors = {f"tensor.{i}": _shard(torch.randn(lines, width, device=where), mesh) for i in range(count)}
         writer = checkpoint.Writer(folder / f"timed-{count}-{width}", plan)

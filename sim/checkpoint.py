@@ -40,7 +40,7 @@ def tiers(plan: Plan, rates: Rates, stride: float) -> list[Tier]:
     A save beside the training shares the storage with the data loader, whose reads take `tokens × 4 B / read bandwidth` of its time.
     """
     size, ranks, c = float(state_bytes(plan.model)), plan.ranks, plan.checkpoint
-    copy = size / ranks / plan.gpu.snapshot  # every rank copies its share
+    copy = size / ranks / rates.snapshot  # every rank copies its share
     reading = min(0.99, plan.tokens_per_step * TOKEN / stride / rates.storage_read)
     write, fixed, back = save(plan, rates), _fixed(plan, rates.save_start, rates.save_tensor), load(plan, rates)
     block, later = (copy, write / (1 - reading)) if c.asynchronous else (write, 0.0)

@@ -102,5 +102,5 @@ def _save(twin: Plan, step: Pace) -> float:
         return tiers(twin, speed, step.stride)[-1].block
     size = 3 * FP32 * float(adapter_parameters(twin.model, tune.targets, tune.rank))
     tensors = 3 * 2 * sum(count for *_, count in adapted(twin.model, tune.targets))
-    copied, written = size / twin.ranks / twin.gpu.snapshot, speed.save_start + tensors * speed.save_tensor + size / speed.storage_write
+    copied, written = size / twin.ranks / speed.snapshot, speed.save_start + tensors * speed.save_tensor + size / speed.storage_write
     return copied if twin.checkpoint.asynchronous else written

@@ -12,8 +12,9 @@ tile fills and drains its pipeline once:
 
 with waves = max(1, (w + ceil w) / 2), w = ceil(m / a) ceil(n / b) matrices / units, and e(i) = (i / (i + half)) / (i₀ / (i₀ +
 half)), i₀ that of the largest tile. The kernel library's choice of tile is taken to be the best one. Causal attention is as
-long as its rows of blocks spread evenly, or as its longest row, √(even² + longest²) where the two are near. Everything takes
-arrays over plans.
+long as its rows of blocks spread evenly, or as its longest row, √(even² + longest²) where the two are near; its softmax works on
+every score once, whatever the width of a head, and takes the time of so much more width. A product whose rows do not begin at
+multiples of 16 bytes cannot be fetched by the tensor memory engine and has slower kernels. Everything takes arrays over plans.
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,8 @@ class Rates:
     host: float  # s that the host takes to launch a kernel: a block is never faster than its launches
     units: float  # that work at the same time; nan where tiles are not modelled (measured rates hold their cost)
     gemm_depth: float  # of k that filling and draining a tile costs
+    gemm_odd: float  # rate of products with rows that are not aligned over that of others
+    attention_head: float  # width of a head that softmax takes the time of
     gemm_half: float  # intensity, a b / (a + b), at which a tile runs at half of an endless one's rate
     grouped: float  # rate of grouped products over that of single ones
     burst: float  # by how much products of a moment are faster than those of a training, which runs at its power limit
@@ -96,6 +99,7 @@ class Rates:
     train_rate: float
     encode_rate: float
     encode_start: float
+    snapshot: float  # B/s at which a state is copied aside
     storage_write: float
     storage_read: float
     save_start: float  # s that a save takes whatever it holds,
@@ -108,12 +112,30 @@ class Rates:
 
 TILES = ((256, 128), (128, 256), (128, 128))  # rows and columns, largest first
 ROWS = 128  # queries that a unit attends for at a time (FlashAttention-2 and later)
+ALIGNED = 8  # elements of 2 bytes in the 16 bytes at whose multiples a row is to begin
+LOOSE = ("embedding", "optimizer", "dequantise")  # what compiling a block leaves as it is
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 
 def rates(plan: Plan) -> Rates:
     """The rates that a plan is predicted with."""
-    return given(plan, _measured(plan.profile, digest(Path(plan.profile))) if plan.profile else {})
+    return given(plan, _profile(plan))
+
+
+def measured(plan: Plan) -> Plan:
+    """The plan with what its profile says of its device, and of the power that it draws, in place of the tables' numbers."""
+    return _replaced(plan, _profile(plan))
+
+
+def _profile(plan: Plan) -> Mapping[str, Parameter]:
+    return _read(plan.profile, digest(Path(plan.profile))) if plan.profile else {}
+
+
+def _replaced(plan: Plan, found: Mapping[str, Parameter]) -> Plan:
+    """The plan with the parameters that bear the name of a number of its gpu, or of its power."""
+    gpu = {f"gpu.{name}": p.value for name, p in found.items() if name in plan.gpu.__dataclass_fields__}
+    power = {name: p.value for name, p in found.items() if name.startswith("power.")}
+    return plan.but(**gpu, **power) if gpu or power else plan
 
 
 def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
@@ -122,6 +144,7 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
     def pick(name: str, default: float) -> float:
         return found[name].value if name in found else default
 
+    plan = _replaced(plan, found)
     gpu = plan.gpu
     precision = plan.train.precision
     narrow = precision in ("fp8", "fp4")  # attention stays in bf16
@@ -132,18 +155,21 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
     kernel = 1.0 if plan.train.compile else gpu.eager_attention
     default = {
         "matmul.forward": matmul,
-        "matmul.backward": matmul,
+        "matmul.backward": matmul * gpu.gemm_backward,
         "attention.forward": wide * gpu.attention_efficiency * kernel,
         "attention.backward": wide * gpu.attention_backward * kernel,
     }
     tiled = gpu.units is not None and "matmul.forward.rate" not in found
+    fused = tiled and plan.train.compile  # a profile has the rates of eager kernels
     return Rates(
         rate={k: pick(f"{k}.rate", default.get(k, np.inf)) for k in KINDS},
-        bandwidth={k: pick(f"{k}.bandwidth", memory) for k in KINDS},
+        bandwidth={k: memory if fused and k.split(".")[0] not in LOOSE else pick(f"{k}.bandwidth", memory) for k in KINDS},
         launch=pick("launch", gpu.launch),
         host=gpu.host_launch if tiled else 0.0,
         units=float(gpu.units or 0) if tiled else np.nan,
         gemm_depth=gpu.gemm_depth,
+        gemm_odd=gpu.gemm_odd,
+        attention_head=gpu.attention_head,
         gemm_half=gpu.gemm_half,
         grouped=gpu.grouped_efficiency,
         burst=gpu.burst,
@@ -175,6 +201,7 @@ def given(plan: Plan, found: Mapping[str, Parameter]) -> Rates:
         train_rate=pick("train_rate", plan.tokenizer.train_rate),
         encode_rate=pick("encode_rate", plan.tokenizer.encode_rate),
         encode_start=pick("encode_start", 0.0),
+        snapshot=gpu.snapshot,
         storage_write=pick("storage_write", plan.cluster.storage_write),
         storage_read=pick("storage_read", plan.cluster.storage_read),
         **{name: pick(name, 0.0) for name in ("save_start", "save_tensor", "load_start", "load_tensor")},
@@ -205,7 +232,7 @@ def capped(cap: Any, natural: Any, static: Any, exponent: Any) -> Array:
 
 
 @cache
-def _measured(path: str, content: str) -> dict[str, Parameter]:
+def _read(path: str, content: str) -> dict[str, Parameter]:
     """Read once for each content."""
     return read_profile(Path(path)).parameters
 
@@ -266,13 +293,15 @@ class Device:
         for place, work in enumerate(works):
             if work.chain is not None:
                 longest = np.where(tiled, work.chain * self["units"] / self[f"rate.{work.kind}"], 0.0)
-                spent[place] = np.hypot(spent[place], longest)
+                softmax = 1 + self["attention_head"] / np.maximum(work.head, 1)
+                spent[place] = softmax * np.hypot(spent[place], longest)
         return stacked(spent)[0]
 
     def _tiles(self, products: Sequence["Product"], rates: Sequence[Array]) -> Array:
         """Arithmetic of products, each in waves of its best tiles."""
         columns = [[getattr(product, name) for product in products] for name in ("m", "n", "k", "matrices")]
-        m, n, k, matrices, rate = stacked(*columns, rates)
+        unequal = bool((self["gemm_odd"] != 1).any())
+        m, n, k, matrices, rate, odd = stacked(*columns, rates, [unequal and product.odd for product in products])
         each, half, best = matrices / self["units"], self["gemm_half"], None
         for a, b in TILES:
             waves = np.ceil(m / a) * np.ceil(n / b) * each
@@ -284,6 +313,7 @@ class Device:
         largest = np.prod(TILES[0]) / np.sum(TILES[0])
         best = best * (0.5 * largest / (largest + half))
         grouped = np.where(matrices > 1, self["grouped"], 1.0)
+        rate = rate * np.where(odd > 0, self["gemm_odd"], 1.0)
         return np.asarray(2 * best * (k + self["gemm_depth"]) * (k > 0) / (rate / self["units"] * grouped))
 
 
@@ -305,12 +335,21 @@ def stacked(*columns: Sequence[Any]) -> list[Array]:
 
 @dataclass(slots=True)
 class Product:
-    """A matrix product [m, k] × [k, n], or as many at once with m rows each; arrays over plans, or numbers."""
+    """A matrix product [m, k] × [k, n], or as many at once with m rows each; arrays over plans, or numbers.
+
+    Of one of tokens the rows in memory are n or k long; of a weight's gradient, which is summed over the tokens, m or n.
+    """
 
     m: Any
     n: Any
     k: Any
     matrices: Any = 1
+    summed: bool = False
+
+    @property
+    def odd(self) -> Any:
+        """Whether its rows do not begin at multiples of 16 bytes."""
+        return np.asarray(self.n % ALIGNED > 0) | np.asarray((self.m if self.summed else self.k) % ALIGNED > 0)
 
     def sizes(self) -> dict[str, Any]:
         """What is held against a calibrated range: m, n and k, or the tokens of an expert."""
@@ -328,6 +367,7 @@ class Work:
     launches: Any
     products: tuple[Product, ...] = ()
     chain: Any = None  # FLOPs of the longest row, which is one unit's
+    head: Any = 0  # width of its heads
     times: Any = 1
     fused: float = 1.0  # share of the bytes that fused code moves
     trained: bool = False  # whether its weights are trained beside frozen ones
@@ -345,7 +385,9 @@ def matmul(m: Any, n: Any, k: Any, size: Any, stage: str, matrices: Any = 1, lau
     """[m, k] × [k, n], with the rows of m spread over so many matrices in one grouped product of so many launches; backward is the
     two products for the input's and the weight's gradient."""
     rows = m / np.maximum(matrices, 1)
-    products = (Product(rows, n, k, matrices),) if stage == "forward" else (Product(rows, k, n, matrices), Product(n, k, rows, matrices))
+    products = (
+        (Product(rows, n, k, matrices),) if stage == "forward" else (Product(rows, k, n, matrices), Product(n, k, rows, matrices, True))
+    )
     count = len(products)
     return Work(f"matmul.{stage}", count * 2 * m * n * k, count * (m * k + matrices * n * k + m * n) * size, count * launches, products)
 
@@ -358,7 +400,7 @@ def attention(tokens: Any, seq: Any, width: Any, size: Any, stage: str, head: An
     """
     factor = 1.0 if stage == "forward" else 2.5
     chain = factor * 4 * ROWS * seq * head
-    return Work(f"attention.{stage}", factor * 2 * tokens * seq * width, factor * 4 * tokens * width * size, 2, chain=chain)
+    return Work(f"attention.{stage}", factor * 2 * tokens * seq * width, factor * 4 * tokens * width * size, 2, chain=chain, head=head)
 
 
 def outside(plan: Plan, works: Sequence[Work]) -> list[str]:

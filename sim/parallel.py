@@ -385,7 +385,7 @@ def _spent(p: Any, device: Device) -> dict[str, Array]:
     spent |= {"ends.arithmetic": products["ends.forward"] + products["ends.backward"], "stalled": np.zeros(1)}
     spent["waiting"] = np.zeros(1)
     for name in ("forward", "backward"):
-        alone, host = device["glue"] + spent[name], device["host"] * ~p.graphs * _calls(p, parts[name])
+        alone, host = device["glue"] + spent[name], device["host"] * ~p.graphs * calls(p, parts[name])
         spent[name] = np.maximum(alone, host)
         spent[f"attention.{name}"] = spent[f"attention.{name}"] + spent[name] - alone
         spent["stalled"] = spent["stalled"] + spent[name] - alone
@@ -393,13 +393,13 @@ def _spent(p: Any, device: Device) -> dict[str, Array]:
     return spent
 
 
-def _calls(p: Any, works: list[Work]) -> Array:
+def calls(p: Any, works: list[Work]) -> Array:
     """Kernels that the host launches in a row, collectives of a tensor-parallel block included; compiling fuses half of
     those that only move tensors."""
-    calls, some = 4.0 * (p.tp > 1), 1 - 0.5 * p.compiled
+    count, some = 4.0 * (p.tp > 1), 1 - 0.5 * p.compiled
     for work in works:
-        calls = calls + work.launches * work.times * (1.0 if work.single else some)
-    return np.asarray(calls)
+        count = count + work.launches * work.times * (1.0 if work.single else some)
+    return np.asarray(count)
 
 
 def _ends(p: Any, stage: str) -> list[Work]:

@@ -14,6 +14,7 @@ import numpy as np
 from conf.plan import Plan
 from conf.record import STATES
 from sim.grid import HOUR, Array, by_hour, intensities
+from sim.kernels import measured
 from sim.money import Bill, bill, billed, weighted
 from sim.timeline import Segment, Timeline
 
@@ -29,7 +30,7 @@ class Meter:
     """
 
     def __init__(self, plan: Plan, step: Mapping[str, float], arithmetic: float = 1.0, stalled: float = 0.0) -> None:
-        self.plan, self.step, self.arithmetic, self.stalled = plan, step, arithmetic, stalled
+        self.plan, self.step, self.arithmetic, self.stalled = measured(plan), step, arithmetic, stalled
         self.parts = {state: self._parts(self.device(state)) for state in STATES}
         self.table = {state: float(sum(parts)) for state, parts in self.parts.items()}
         self.spells: Sequence[Spell] = ()

@@ -22,6 +22,7 @@ ALONE = {
         "measure", "minhash", "model", "moe", "muon", "nvml", "optim", "packing", "pages", "pipeline", "place", "private", "profile",
         "progress", "prompts", "remote", "resume", "rewards", "server", "shards", "slurm", "stability", "stage", "storage",
         "straggler", "substring", "tiers", "trainer", "urls", "winnow",
+        "gpu", "passes", "products", "stopwatch", "watts",
     },
 }  # fmt: skip
 

@@ -261,3 +261,26 @@ def test_a_command_from_text_to_an_aligned_model(foretold, tiny):
     assert status == 0, err
     told = json.loads(out)["quantities"]
     assert {"pretrain.step_time", "pretrain.peak_memory", "finetune.step_time", "align.step_time"} <= set(told)
+
+
+def test_a_part_of_the_calibration_is_one(tmp_path):
+    """A minute of it: every kind of row, physical numbers, and a second call that goes on where the first was cut."""
+    from analysis.calibrate import table
+    from analysis.gpu import fit, held_out
+    from real import gpu, nvml
+    from real.stopwatch import Stopwatch
+
+    plan, watch = load(["experiment=h200"]), Stopwatch(device(load(SHAPE)))
+    left = gpu.measure(plan, tmp_path, watch, limit=60.0)
+    rows = table(tmp_path / gpu.TABLE)
+    assert gpu.measure(plan, tmp_path, watch, limit=5.0) < left
+    assert len(table(tmp_path / gpu.TABLE)) > len(rows) > 40
+    kinds = {row["op"] for row in rows if row["time_us"]}
+    assert kinds >= {"launch", "host", "matmul", "grouped", "attention", "swiglu", "optimizer", "copy"}
+    parameters, _ = fit(plan, rows)
+    assert 0.5 < parameters["gemm_efficiency"].value < 1.0 and 0.4 < parameters["memory_efficiency"].value < 1.0
+    assert 0.5e-6 < parameters["launch"].value < 5e-6 < parameters["host_launch"].value < 100e-6
+    assert held_out(plan, rows, parameters)["all"].median < 20
+    if nvml.joules(watch.where) is not None:
+        watts = {row["stage"]: float(row["watts"]) for row in rows if row["op"] == "power"}
+        assert 50 < watts["idle"] < watts["products"] < 1.05 * plan.gpu.max_power
