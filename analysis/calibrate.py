@@ -234,8 +234,8 @@ def line(hops: Iterable[float], share: Iterable[float], seconds: Iterable[float]
     return (hop, byte), error
 
 
-def lines(parts: Sequence[Sequence[float]], seconds: Iterable[float]) -> tuple[list[Estimate], float]:
-    """What one of each part takes, the parts together making the times; and the median error in percent."""
+def lines(parts: Sequence[Sequence[float]], seconds: Iterable[float], base: Sequence[float] | float = 0.0) -> tuple[list[Estimate], float]:
+    """What one of each part takes, the parts together with what is known making the times; and the median error in percent."""
     from scipy.optimize import least_squares
 
     units, t = np.array(parts, float), np.array(list(seconds), float)
@@ -243,7 +243,7 @@ def lines(parts: Sequence[Sequence[float]], seconds: Iterable[float]) -> tuple[l
     start = np.log([first, *((t / unit)[np.argmax(unit)] / (len(units) - 1) for unit in units[1:])])
 
     def misses(x: NDArray[Any]) -> NDArray[Any]:
-        return np.asarray(np.log(np.exp(x) @ units / t))
+        return np.asarray(np.log((np.asarray(base) + np.exp(x) @ units) / t))
 
     best = least_squares(misses, start, loss="soft_l1", f_scale=0.1)
     spread = _spread(best, len(t))

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.calibrate import Rows, _as, _by, _inverse, _work, line, roofline, storage
+from analysis.calibrate import Rows, _as, _by, _inverse, _work, line, lines, roofline, storage
 from analysis.tiles import Flags, groups_of, overhead, predicted, seconds_of, solved
 from conf.plan import Mla, Moe, Plan
 from conf.profile import Parameter
 from sim.kernels import KINDS, Array, Device, given
 from sim.parallel import block_work, calls, columns
+from sim.rollout import cached, weights
 
 
 class Score(NamedTuple):
@@ -33,6 +34,7 @@ def fit(plan: Plan, rows: Rows) -> tuple[dict[str, Parameter], dict[str, float]]
     report = {same.kind: _median(same.seconds, predicted(plan, same, found | base), same.kept) for same in groups if same.kept.any()}
     moved, others = _moved(plan, rows, found | base)
     parameters |= found | moved | _chosen(plan, rows, found | base) | _updates(rows, report) | _copies(rows) | _power(plan, rows)
+    parameters |= _decoded(plan, rows, found | base, report)
     parameters |= storage(_by(rows, "op", "stage"), report)
     if "attention_efficiency" in found:
         parameters["eager_attention"] = Parameter(1.0, "1")  # the trainer's own kernel was measured: no other is slower than it
@@ -126,6 +128,36 @@ def _updates(rows: Rows, report: dict[str, float]) -> dict[str, Parameter]:
     tensors, size = [int(row["m"]) for row in same], [8 * 4 * int(row["k"]) for row in same]
     (tensor, byte), report["optimizer"] = line(tensors, size, [float(row["time_us"]) * 1e-6 for row in same])
     return {"optimizer_tensor": _as(tensor, "s"), "optimizer.step.bandwidth": _inverse(byte, "B/s")}
+
+
+def _decoded(plan: Plan, rows: Rows, found: Mapping[str, Parameter], report: dict[str, float]) -> dict[str, Parameter]:
+    """The host's time of a decode step and in each of its blocks, and the rate at which keys and values are read: what a step takes
+    beyond its weights (sim/rollout.py)."""
+    same, device = [row for row in rows if row["op"] == "decode"], Device([given(plan, found)])
+    if len(same) < 6:
+        return {}
+    beyond, parts = [], []
+    for row in same:
+        one, count = _served(plan, row), float(row["batch"])
+        beyond.append(float(weights(one, device, np.array([count]))[0]))
+        parts.append([1.0, float(row["m"]), count * float(row["seq"]) * cached(one) / float(device["bandwidth.attention.forward"][0])])
+    (host, block, read), report["decode"] = lines(list(zip(*parts, strict=True)), [float(r["time_us"]) * 1e-6 for r in same], beyond)
+    return {"decode_host": _as(host, "s"), "decode_block": _as(block, "s"), "decode_keys": _inverse(read, "1")}
+
+
+SERVED = {"layers": "m", "hidden": "k", "heads": "heads", "kv_heads": "kv_heads", "ffn": "n"}
+
+
+def _served(plan: Plan, row: Mapping[str, str]) -> Plan:
+    """The plan of a measured decode step."""
+    sizes = {
+        "layers": int(row["m"]),
+        "hidden": int(row["k"]),
+        "heads": int(row["heads"]),
+        "kv_heads": int(row["kv_heads"]),
+        "ffn": int(row["n"]),
+    }
+    return plan.but(model=plan.model.but(moe=Moe(), mla=Mla(), head=None, **sizes), **{"train.precision": "bf16", "align.engine_tp": 1})
 
 
 def _copies(rows: Rows) -> dict[str, Parameter]:

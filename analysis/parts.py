@@ -13,7 +13,8 @@ from conf.profile import Parameter
 from conf.units import show
 
 RELATIVES = {"h200-sxm": "h100-sxm"}  # the same processor with other memory
-OWN = ("host_launch", "snapshot", "idle_power", "eager_attention")  # of this trainer, its host and this part: tables have those of others
+# Of this trainer, its host and this part: tables have those of others.
+OWN = ("host_launch", "decode_host", "decode_block", "decode_keys", "snapshot", "idle_power", "eager_attention")
 
 
 def blocks(plan: Plan, parameters: Mapping[str, Parameter], rows: Rows, day: str) -> str:

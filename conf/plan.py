@@ -68,6 +68,12 @@ class Gpu(Node):
     )
     launch: Seconds = say("smallest time of a kernel", must=NOT_NEGATIVE)
     host_launch: Seconds = say("time of the host to launch a kernel; many small ones wait for it", must=NOT_NEGATIVE)
+    decode_host: Seconds = say("time that the host of a serving engine takes between two steps: scheduling, sampling, texts", "0.9 ms",
+                               must=NOT_NEGATIVE)  # fmt: skip
+    decode_block: Seconds = say("time that it takes in a block, whose attention is launched between the graphs of the rest", "50 us",
+                                must=NOT_NEGATIVE)  # fmt: skip
+    decode_keys: float = say("rate at which attention reads a cache of keys and values over that at which other kernels read", 0.53,
+                             must=POSITIVE)  # fmt: skip
     burst: float = say("by how much products of a moment exceed the rate of a training, which runs at its power limit", 0.0,
                        must=NOT_NEGATIVE)  # fmt: skip
     alone: float = say("speed of kernels measured one by one over that in a training", 1.0, must=POSITIVE)

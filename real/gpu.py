@@ -60,7 +60,9 @@ def tasks(plan: Plan, where: torch.device, folder: Path) -> list[Task]:
     """All kinds, each evenly over the whole; launches come first, because all else rests on them."""
     kinds = (products.products, products.mixtures, passes.attentions, passes.moving, passes.copies)
     rest = [list(kind(where)) for kind in kinds]
-    rest += [list(passes.updates(plan, where)), list(passes.blocks(plan, where)), watts.phases(plan, where, folder)]
+    for kind_of_plan in (passes.updates, passes.blocks, passes.decodes):
+        rest.append(list(kind_of_plan(plan, where)))
+    rest.append(list(watts.phases(plan, where, folder)))
     return [*passes.launches(plan, where), *_in_turns(rest)]
 
 

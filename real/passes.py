@@ -19,8 +19,9 @@ from real import fp8, optim
 from real.attention import Attend
 from real.kernels import _plain as dense
 from real.loss import loss_sum
-from real.model import Block, rotary, rotate
+from real.model import Block, Decoder, rotary, rotate
 from real.products import Call, Task, pass_of, timed, told
+from real.rollout import Engine, Request
 from real.stopwatch import Stopwatch
 
 HEADS = ((32, 8, 128), (32, 8, 64), (16, 16, 128))  # of queries, of keys, and their width
@@ -34,6 +35,9 @@ COPIED = (1 << 20, 1 << 26, 1 << 30)  # bytes
 SMALL = ((1, 128, 256, 4, 4, 704), (1, 128, 512, 8, 8, 1408))  # blocks of which the host is what is measured
 BLOCKS = ((4, 2048, 768, 12, 12, 2048), (8, 2048, 1024, 16, 8, 2816), (4, 2048, 2048, 32, 8, 5632), (2, 4096, 3072, 24, 8, 8192),
           (1, 8192, 4096, 32, 8, 14336), (1, 16384, 4096, 32, 8, 14336))  # sequences, their length, width, heads, of keys, ffn  # fmt: skip
+DECODED = ((2, 1024, 16, 8, 2816), (8, 1024, 16, 8, 2816), (2, 4096, 32, 8, 14336), (6, 4096, 32, 8, 14336))  # layers, width, heads, …
+COMPANY, CONTEXTS = (1, 16, 64, 256), (128, 2048, 8192)  # completions under way, and the tokens that each holds
+STEPS = 8  # decode steps in a round
 CALLS = 8  # blocks that the host queues in a row: some hundred kernels
 
 
@@ -169,6 +173,29 @@ def _copy(size: int, stage: str, how: str, where: torch.device) -> Call:
     device, host = torch.ones(size, device=where, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8, pin_memory=how == "pinned")
     into, out_of = (host, device) if stage == "to_host" else (device, host)
     return partial(into.copy_, out_of, non_blocking=how == "pinned")
+
+
+def decodes(plan: Plan, where: torch.device) -> Iterator[Task]:
+    """Steps of the generation engine: m layers of width k, a batch of completions that hold seq tokens each."""
+    cuda = where.type == "cuda"
+    for size, batch, seq in itertools.product(
+        DECODED if cuda else [(1, 16, 2, 2, 32)], COMPANY if cuda else [2], CONTEXTS if cuda else [4]
+    ):
+        shape = dict(zip(("m", "k", "heads", "kv_heads", "n"), size, strict=True)) | {"batch": batch, "seq": seq}
+        yield Task("decode", "step", "bf16", shape, partial(_decode, plan, shape))
+
+
+def _decode(plan: Plan, shape: dict[str, int], watch: Stopwatch) -> dict[str, float]:
+    sizes = {"layers": shape["m"], "hidden": shape["k"], "heads": shape["heads"], "kv_heads": shape["kv_heads"], "ffn": shape["n"]}
+    with watch.where:
+        model = Decoder(dense(plan.model).but(**sizes)).to(torch.bfloat16).requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.02)
+    new = 7 * STEPS  # a step that fills the cache, then six rounds
+    engine = Engine(model, slots=shape["batch"], longest=shape["seq"] + new, new_tokens=new, end=-1, temperature=1.0, device=watch.where)
+    engine.submit(Request(0, number, (1,) * shape["seq"], number) for number in range(shape["batch"]))
+    engine.step()
+    return told(watch.stepped(engine.step, STEPS))
 
 
 def launches(plan: Plan, where: torch.device) -> Iterator[Task]:

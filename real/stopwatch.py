@@ -128,6 +128,10 @@ class Stopwatch:
 
         return _spread(many)
 
+    def stepped(self, work: Call, calls: int) -> Time:
+        """Of a call that itself waits for the device, by the clock."""
+        return _spread(lambda: self._host(work, calls))
+
     def _host(self, work: Call, calls: int) -> float:
         began = time.perf_counter()
         for _ in range(calls):

@@ -27,17 +27,14 @@ from conf.arithmetic import embedding_parameters, layers_parameters, matmul_para
 from conf.lengths import lengths_of
 from conf.plan import Plan
 from sim.cluster import Course
-from sim.kernels import Array, Device, rates
+from sim.kernels import Array, Device, measured, rates
 from sim.network import Network
 from sim.parallel import columns, passed
 
 # Sharpness s of the knee: of matrix products of 1 to 4,096 tokens with the rates of conf/gpu, H100 and A100 alike, mean errors of 10 and 7%
-# (vidur's profiles). The next four are fitted to the steps of NeMo-RL v0.5 (LOG.md, 2026-11-30).
+# (vidur's profiles). A host's times and the rate at which attention reads a cache are the gpu's: decode_host, decode_block, decode_keys,
+# fitted to the steps of NeMo-RL v0.5 (LOG.md, 2026-11-30), 2.5 times as long where the host is a Grace.
 KNEE = 1.7
-HOST = 0.9e-3  # s that an engine's host takes between two steps: scheduling, sampling, texts
-BLOCK = 50e-6  # s that it takes in a block, whose attention is launched between the graphs of the rest
-GRACE, SLOWER = ("gb200", "gb300", "gh200"), 2.5  # devices whose host is a Grace, and how much longer both take there
-KEYS = 0.53  # rate at which attention reads a cache over that at which other kernels read
 CHUNK = 8192  # tokens that are prefilled at once, vLLM's max_num_batched_tokens
 FEW = 0.1  # share of its slots below which an engine is in the tail
 WIDTHS = {"fp32": 4, "fp8": 1, "fp4": 0.5}  # bytes of a weight; 2 in other precisions
@@ -84,9 +81,10 @@ def _serving(plan: Plan, device: Device, counts: Array) -> Decode:
     own, prompt, tp = columns([plan]), float(plan.align.prompt_tokens), plan.align.engine_tp
     own.tp, own.cp, own.ep, own.etp, own.compiled, own.graphs = float(tp), 1.0, 1.0, 1.0, np.array([True]), np.array([True])
     own.micro_batch, own.seq_len = max(1.0, CHUNK / prompt), prompt
-    host = (HOST + BLOCK * plan.model.layers) * (SLOWER if plan.gpu.name in GRACE else 1.0)
-    step = host + _links(plan, device, counts) + _weights(plan, device, counts)
-    held = cached(plan) / tp / (KEYS * device["bandwidth.attention.forward"][0])
+    gpu = measured(plan).gpu
+    host = gpu.decode_host + gpu.decode_block * plan.model.layers
+    step = host + _links(plan, device, counts) + weights(plan, device, counts)
+    held = cached(plan) / tp / (gpu.decode_keys * device["bandwidth.attention.forward"][0])
     return Decode(step, float(held), float(passed(own, device)[0] / (own.micro_batch * prompt)))
 
 
@@ -101,7 +99,7 @@ def _trainers_code(plan: Plan, device: Device, counts: Array) -> Decode:
     return Decode(step, float(own.crowd * (read + flops)), float(passed(own, device)[0] / (plan.align.slots * prompt)))
 
 
-def _weights(plan: Plan, device: Device, counts: Array) -> Array:
+def weights(plan: Plan, device: Device, counts: Array) -> Array:
     """Seconds of the matrix products of a step: all of a dense model's weights, and of a mixture the experts that any of n tokens meets,
     1 − (1 − k / E)^n of them where a router has no favourites."""
     model, tp = plan.model, plan.align.engine_tp

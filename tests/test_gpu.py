@@ -276,7 +276,7 @@ def test_a_part_of_the_calibration_is_one(tmp_path):
     assert gpu.measure(plan, tmp_path, watch, limit=5.0) < left
     assert len(table(tmp_path / gpu.TABLE)) > len(rows) > 40
     kinds = {row["op"] for row in rows if row["time_us"]}
-    assert kinds >= {"launch", "host", "matmul", "grouped", "attention", "swiglu", "optimizer", "copy"}
+    assert kinds >= {"launch", "host", "matmul", "grouped", "attention", "swiglu", "optimizer", "copy", "decode"}
     parameters, _ = fit(plan, rows)
     assert 0.5 < parameters["gemm_efficiency"].value < 1.0 and 0.4 < parameters["memory_efficiency"].value < 1.0
     assert 0.5e-6 < parameters["launch"].value < 5e-6 < parameters["host_launch"].value < 100e-6

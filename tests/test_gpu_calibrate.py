@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from analysis.calibrate import _work, calibrate, table
-from analysis.gpu import fit, held_out
+from analysis.gpu import _served, fit, held_out
 from conf.plan import Plan
 from conf.profile import Parameter, read_profile
 from conf.program import load, to_yaml
@@ -28,11 +28,13 @@ from real.stopwatch import Stopwatch
 from sim.kernels import KINDS, Device, attention, given, matmul, measured, rates
 from sim.parallel import block_work, calls, columns, steps
 from sim.power import Meter
+from sim.rollout import cached, weights
 
 H200 = ["experiment=h200", "data.path=null", "data.tokens=1000000", "train.compile=true"]
 TRUE = {"gemm_efficiency": 0.78, "narrow_efficiency": 0.66, "gemm_depth": 130.0, "gemm_half": 12.0, "gemm_backward": 0.95, "gemm_odd": 0.6,
         "grouped_efficiency": 0.75, "overlap": 0.6, "attention_efficiency": 0.55, "attention_backward": 0.42, "attention_head": 30.0,
         "memory_efficiency": 0.86}  # fmt: skip
+DECODE, DECODED, KEYS = 1.3e-3, 4e-4, 0.35
 LAUNCH, EVENTS, HOST, TENSOR = 1.8e-6, 2.2e-6, 21e-6, 1.1e-6
 WATTS = {"idle": 115.0, "products": 690.0, "copies": 480.0, "spinning": 210.0, "waiting": 190.0, "training": 640.0}
 
@@ -49,7 +51,7 @@ def record(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in gpu.tasks(plan, torch.device("cuda"), folder):
         noise = np.exp(0.03 * dice.standard_normal()) * (2.0 if dice.random() < 0.025 else 1.0)
         noise = 1.0 if task.op in ("launch", "host", "copy") else noise
-        seconds = spent(plan, task) * noise + EVENTS * (task.op not in ("launch", "host", "optimizer", "copy"))
+        seconds = spent(plan, task) * noise + EVENTS * (task.op not in ("launch", "host", "optimizer", "copy", "decode"))
         gpu.append(folder / gpu.TABLE, gpu.line(plan, task, {"time_us": seconds * 1e6, "cv": 0.01}))
     for phase, drawn in WATTS.items():
         gpu.append(folder / gpu.TABLE, gpu.line(plan, Task("power", phase, "bf16", {}, dict), {"time_us": 3e6, "watts": drawn}))
@@ -84,6 +86,10 @@ def spent(plan: Plan, task: Task) -> float:
         return n["m"] * TENSOR + 32 * n["k"] / memory
     if task.op == "copy":
         return 1e-5 + n["bytes"] / {"pinned": 52e9, "pageable": 11e9}[task.how]
+    if task.op == "decode":
+        one = _served(plan, {name: str(size) for name, size in n.items()})
+        read = n["batch"] * n["seq"] * cached(one) / (KEYS * float(device["bandwidth.attention.forward"][0]))
+        return DECODE + n["m"] * DECODED + float(weights(one, device, np.array([float(n["batch"])]))[0]) + read
     if task.op == "launch":
         return {"alone": LAUNCH + EVENTS, "queued": LAUNCH, "hosted": 4e-6}[stage]
     if task.op in ("host", "block"):
@@ -113,6 +119,8 @@ def test_known_numbers_come_back(calibrated, plan: Plan) -> None:
         assert 0 < found[name].standard_error < 0.3 * value, name
         assert abs(found[name].value - value) < 3 * found[name].standard_error, (name, found[name], value)
     assert found["launch"].value == pytest.approx(LAUNCH) and found["host_launch"].value == pytest.approx(HOST, rel=1e-6)
+    for name, value in {"decode_host": DECODE, "decode_block": DECODED, "decode_keys": KEYS}.items():
+        assert abs(found[name].value - value) < 3 * found[name].standard_error < value, (name, found[name])
     assert found["optimizer_tensor"].value == pytest.approx(TENSOR, rel=0.3)
     assert found["quantise.forward.bandwidth"].value == pytest.approx(0.7 * 0.86 * plan.gpu.memory_bandwidth, rel=0.05)
     assert found["snapshot"].value == pytest.approx(11e9, rel=0.01) and found["to_host.pinned"].value == pytest.approx(52e9, rel=0.01)
