@@ -239,7 +239,7 @@ def test_every_kind_is_timed_and_nothing_twice(small: Plan, tmp_path: Path, capf
     kinds = {f"{row['op']}.{row['stage']}" for row in rows}
     assert {"matmul.forward", "matmul.input", "matmul.weight", "grouped.backward", "attention.backward", "launch.queued", "host.backward",
             "optimizer.step", "copy.to_host", "copy.to_device", "storage.save",
-            "storage.load", "cast.forward", "loss.backward"} <= kinds  # fmt: skip
+            "storage.load", "cast.forward", "loss.backward", "decode.step"} <= kinds  # fmt: skip
     assert {row["precision"] for row in rows if row["op"] == "matmul"} == {"bf16", "fp8"}
     assert {kind for kind in KINDS if kind.split(".")[0] in ("norm", "swiglu", "rotary", "embedding", "quantise")} <= kinds
     size = (tmp_path / gpu.TABLE).stat().st_size
