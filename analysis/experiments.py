@@ -51,11 +51,14 @@ def experiments(options: Mapping[str, str]) -> int:
 
 
 def rows(names: list[str]) -> Iterator[Row]:
+    """Of those of which something was published."""
     from sim.__main__ import predict
 
     with TemporaryDirectory() as folder:
         for name in names:
             plan = load([f"experiment={name}"])
+            if not plan.published:
+                continue
             told = predict(plan, Path(folder) / plan.id / "sim")["quantities"]
             for quantity, fact in plan.published.items():
                 relation, published = read_fact(fact.value, QUANTITIES[quantity.split(".")[1]][0])

@@ -7,7 +7,9 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from contextlib import suppress
+from copy import deepcopy
+from functools import cache, lru_cache
 from pathlib import Path
 from textwrap import shorten, wrap
 from typing import Any
@@ -203,6 +205,8 @@ def _compose(overrides: Sequence[str]) -> Any:
 
     logging.getLogger("hydra").setLevel(logging.ERROR)
     safe = [_quoted(arg) for arg in overrides]
+    with suppress(HydraException, OmegaConfBaseException, ValueError):
+        return _changed(safe)
     store = ConfigStore.instance()
     with initialize_config_module("conf", version_base="1.3"):
         for schema, words in ((_typed(), safe), ({}, [_forced(arg) for arg in safe])):
@@ -213,6 +217,32 @@ def _compose(overrides: Sequence[str]) -> Any:
             except (HydraException, OmegaConfBaseException, ValueError) as error:
                 trouble = error
     raise Refused(*(_unreadable(safe) or [" ".join(str(trouble).split("\n")[0].split())]))
+
+
+def _changed(overrides: Sequence[str]) -> Any:
+    """Plain values of a choice of groups with some of its keys changed: as Hydra composes them, which takes longest, but the groups once."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from omegaconf import OmegaConf
+
+    chosen = tuple(arg for arg in overrides if arg.lstrip("+").partition("=")[0] in (*groups(), "experiment"))
+    config = deepcopy(_chosen(chosen))
+    for override in OverridesParser.create().parse_overrides([arg for arg in overrides if arg not in chosen]):
+        if override.type != OverrideType.CHANGE or override.is_sweep_override():
+            raise ValueError(f"{override.input_line} is for Hydra itself")
+        OmegaConf.update(config, override.key_or_group, override.value())
+    return OmegaConf.to_container(config, resolve=True)
+
+
+@lru_cache(64)
+def _chosen(overrides: tuple[str, ...]) -> Any:
+    """The plan that groups and experiments alone make."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=_typed())
+    with initialize_config_module("conf", version_base="1.3"):
+        return compose("plan", list(overrides))
 
 
 def _unreadable(overrides: Sequence[str]) -> list[str]:

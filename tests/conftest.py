@@ -1,7 +1,11 @@
 """Shared by all tests: a small corpus, and the program run as a user runs it."""
 
+import multiprocessing as mp
+import os
 import random
+import sys
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -72,6 +76,23 @@ def foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
         return status, out, err
 
     return run
+
+
+def forked(words: list[str], said: Path) -> BaseProcess:
+    """`foretold WORDS` in a session of its own that can be killed whole; a fork, because it has nothing to import. What it says is in `said`."""
+
+    def child() -> None:
+        os.setsid()
+        with said.open("w") as sys.stdout:
+            sys.stderr = sys.stdout
+            os.dup2(sys.stdout.fileno(), 1)
+            os.dup2(sys.stdout.fileno(), 2)
+            status = main(words)
+        os._exit(status)
+
+    process = mp.get_context("fork").Process(target=child)
+    process.start()
+    return process
 
 
 # Tests that start ranks share the cores of the machine, and those of the first group ports and clocks too: each group is one worker's,

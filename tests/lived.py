@@ -3,15 +3,13 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from conf.plan import Plan
-from conf.program import load
+from conf.program import load, main
 from conf.record import STATES, read
 from real.life import Life
 from tests.conftest import TINY
@@ -24,8 +22,7 @@ PLAN = [*TINY, f"train.steps={STEPS}", "checkpoint.every=4", f"checkpoint.keep={
 
 def prepare(corpus: Path, folder: Path) -> Path:
     """The tokens of a corpus, for all runs on it."""
-    words = [sys.executable, "-m", "real", "only=extract,dedup,tokens", f"runs={folder}", *PLAN, f"data.path={corpus}"]
-    subprocess.run(words, check=True, capture_output=True, cwd=ROOT)
+    assert main(["real", "only=extract,dedup,tokens", f"runs={folder}", *PLAN, f"data.path={corpus}"]) == 0
     return next(folder.glob("*/real/tokens"))
 
 

@@ -118,13 +118,11 @@ def limited(limit: int, *args: str, cwd: Path) -> subprocess.CompletedProcess[st
     return subprocess.run([sys.executable, "-c", code, *args], cwd=cwd, capture_output=True, text=True, preexec_fn=limits, check=False)
 
 
-def test_a_full_disk_in_a_data_stage(tiny, tmp_path):
+def test_a_full_disk_in_a_data_stage(foretold, tiny, tmp_path):
     done = limited(20_000, "real", *tiny, cwd=tmp_path)
     assert done.returncode == 2 and "the disk is full; free some space and run the same command again" in one_line(done.stderr)
-    again = subprocess.run(
-        [sys.executable, "-m", "real", *tiny, f"runs={tmp_path / 'runs'}"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 0, again.stderr
+    status, _, err = foretold("real", *tiny)
+    assert status == 0, err
 
 
 def test_a_full_disk_in_a_checkpoint(tiny, tmp_path):
@@ -147,7 +145,7 @@ def test_memory_that_runs_out(tiny, tmp_path):
     """A real process under a real limit: one line on what was foretold and what would help."""
     words = ["model.layers=32", "model.hidden=1024", "model.heads=16", "model.ffn=4096", "train.micro_batch=4", f"runs={tmp_path}"]
     arguments = [*tiny, *words, "cluster.gpus_per_node=1"]
-    subprocess.run([sys.executable, "-m", "real", "only=extract,dedup,tokens", *arguments], check=True, capture_output=True, cwd=ROOT)
+    assert main(["real", "only=extract,dedup,tokens", *arguments]) == 0
     limited = f"import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, ({LIMIT}, {LIMIT})); sys.argv = ['real', *sys.argv[1:]]; "
     code = limited + "from conf.program import run; run('real')"
     done = subprocess.run([sys.executable, "-c", code, "only=pretrain", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.errors import Refused
+from conf.plan import Plan
 from conf.program import load
 from conf.record import read
 from real import bigram
@@ -247,9 +249,14 @@ class Numbered:
         return np.full(33, index)
 
 
-def seen(words: list[str], windows: int, steps: range) -> list[int]:
+@cache
+def dealt(*mesh: str) -> Plan:
+    return plan_of("train.seq_len=32", "train.global_batch=8", "train.first_batch=4", "train.batch_warmup=4", "train.micro_batch=1", *mesh)
+
+
+def seen(mesh: list[str], windows: int, steps: range) -> list[int]:
     """The samples of some steps, as the data-parallel ranks of a mesh read them."""
-    plan = plan_of("train.seq_len=32", "train.global_batch=8", "train.first_batch=4", "train.batch_warmup=4", "train.micro_batch=1", *words)
+    plan = dealt(*mesh)
     ranks = [Batches(Numbered(windows), Order(windows, plan.seed), plan, rank) for rank in range(plan.dp)]  # type: ignore[arg-type]
     return [int(row[0]) for step in steps for rank in ranks for row in rank.step(step).inputs]
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from conf.arithmetic import adapter_parameters, flops_per_token, tuned_flops_per_token
 from conf.corpus import LINES
 from conf.errors import Refused
-from conf.program import load
+from conf.program import load, main
 from conf.record import read
 from real import adapters, chats, checkpoint, huggingface, nf4
 from real.adapters import Adapted, adapt
@@ -32,6 +32,7 @@ from real.optim import Optimizer
 from real.parallel import refuse_unbuilt
 from sim.finetune import finetune
 from sim.pace import pace
+from tests.conftest import TINY, forked
 from tests.worlds import Outcome, outcome, plan_of
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +123,14 @@ def talks(tmp_path):
     return write(tmp_path / "talks.jsonl", [*CHATS, *rows])
 
 
+@pytest.fixture(scope="module")
+def pretrained(corpus, tmp_path_factory):
+    """A run of one step, for fine-tunings to begin with."""
+    runs = tmp_path_factory.mktemp("pretrained")
+    assert main(["real", *TINY, *ONE, f"data.path={corpus}", f"runs={runs}"]) == 0
+    return next(runs.glob("*/real"))
+
+
 def test_a_run_ends_with_adapters_that_are_read_back(tmp_path, tiny, foretold, talks):
     """Pre-training, then adapters; killed between, it goes on; peft's names and shapes; sharded as the whole."""
     words = [*tiny, *TUNE, f"finetune.data={talks}"]
@@ -140,13 +149,13 @@ def test_a_run_ends_with_adapters_that_are_read_back(tmp_path, tiny, foretold, t
     assert again[0] == 0 and "resumed" not in again[1].replace("resumed from step-00000006", "")
 
 
-def test_windows_hold_whole_conversations_and_their_masks(tmp_path, tiny, foretold, talks):
-    status, _, err = foretold("real", *tiny, *TUNE, f"finetune.data={talks}", *ONE)
+def test_windows_hold_whole_conversations_and_their_masks(tmp_path, tiny, foretold, talks, pretrained):
+    status, _, err = foretold("real", *tiny, *TUNE, f"finetune.data={talks}", *ONE, "only=finetune", f"start={pretrained}")
     assert status == 0, err
     home = next((tmp_path / "runs").iterdir()) / "real"
     from tokenizers import Tokenizer
 
-    coder = Tokenizer.from_file(str(home / "tokens" / "tokenizer.json"))
+    coder = Tokenizer.from_file(str(pretrained / "tokens" / "tokenizer.json"))
     tokens = Chats(home / "finetune" / "tokens", "train", 32)
     batch = batch_of(tokens, range(len(tokens)), document_mask=True)
     learned = [coder.decode(row[row != IGNORED].tolist()) for row in batch.targets]
@@ -164,24 +173,25 @@ def test_windows_hold_whole_conversations_and_their_masks(tmp_path, tiny, foreto
     (["finetune.global_batch=4000"], "a step takes finetune.global_batch=4000"), (["finetune.rank=0"], "finetune.rank=0 must be above 0"),
     (["finetune.micro_batch=3"], "finetune.global_batch=4"),
 ])  # fmt: skip
-def test_bad_input_is_one_line(tiny, foretold, talks, change, words):
-    status, _, err = foretold("real", *tiny, *ONE, *TUNE, f"finetune.data={talks}", *change)
+def test_bad_input_is_one_line(tiny, foretold, talks, pretrained, change, words):
+    start = ["only=finetune", f"start={pretrained}"]
+    status, _, err = foretold("real", *tiny, *ONE, *TUNE, *start, f"finetune.data={talks}", *change)
     assert status == 2 and words in err, err
     assert err.strip().count("\n") == 0, err
 
 
-def test_bad_files_are_one_line(tmp_path, tiny, foretold, talks):
-    common = [*tiny, *ONE, *TUNE]
+def test_bad_files_are_one_line(tmp_path, tiny, foretold, talks, pretrained):
+    common, alone = [*tiny, *ONE, *TUNE, "only=finetune", f"start={pretrained}"], [*tiny, *ONE, *TUNE, "only=finetune"]
     empty = write(tmp_path / "empty.jsonl", [])
     assert "empty.jsonl is empty" in foretold("real", *common, f"finetune.data={empty}")[2]
     bad = write(tmp_path / "bad.jsonl", [*CHATS, {"text": "no"}])
     status, _, err = foretold("real", *common, f"finetune.data={bad}")
     assert status == 2 and f"{bad}, line 5: it has text" in err and err.strip().count("\n") == 0
-    status, _, err = foretold("real", *common, f"finetune.data={talks}", "only=finetune", "seed=9")
+    status, _, err = foretold("real", *alone, f"finetune.data={talks}", "seed=9")
     assert status == 2 and "holds no pre-trained model to fine-tune" in err
     home = foretold("real", *common, f"finetune.data={talks}")[0] == 0 and next((tmp_path / "runs").glob("*/real/finetune/adapter")).parent
     (home / "base").write_text("/another")
-    status, _, err = foretold("real", *common, f"finetune.data={talks}", "only=finetune")
+    status, _, err = foretold("real", *common, f"finetune.data={talks}")
     assert status == 2 and "was begun on /another, this is" in err and err.strip().count("\n") == 0
     status, _, err = foretold("real", *tiny, *ONE, "only=finetune")
     assert status == 2 and "only=finetune, but finetune.method=none" in err and err.strip().count("\n") == 0
@@ -198,20 +208,18 @@ def losses(home):
     return {row["step"]: row["value"] for row in rows if row["quantity"] == "loss"}
 
 
-def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path, tiny, talks):
+def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path, tiny, talks, foretold):
     """SIGKILL of all processes within the fine-tuning; the same command goes on, base and adapters as they were."""
     words = [*tiny, *ONE, *TUNE, f"finetune.data={talks}", "checkpoint.every=2", "finetune.steps=12", "runs=killed"]
-    command = [sys.executable, "-m", "real"]
-    common = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([*command, *words], start_new_session=True, **common)
+    process = forked(["real", *words], tmp_path / "said.txt")
     try:
-        while process.poll() is None and not list(tmp_path.glob("killed/*/real/finetune/checkpoints/step-00000004/manifest.json")):
+        while process.is_alive() and not list(tmp_path.glob("killed/*/real/finetune/checkpoints/step-00000004/manifest.json")):
             time.sleep(0.01)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.join()
     for run in ("killed", "whole"):
-        subprocess.run([*command, *words[:-1], f"runs={run}"], check=True, **common)
+        assert foretold("real", *words[:-1], f"runs={run}")[0] == 0
     killed, whole = (next((tmp_path / run).iterdir()) / "real" for run in ("killed", "whole"))
     one, other = ({step: loss for step, loss in losses(home).items() if step > 4} for home in (killed, whole))
     assert one == other and len(one) == 8  # what was not yet flushed of the steps before died with the process
@@ -230,12 +238,11 @@ def test_under_torchrun_it_is_the_same(tmp_path, tiny, talks):
     assert losses(next((tmp_path / "own").iterdir()) / "real") == losses(next((tmp_path / "torchrun").iterdir()) / "real")
 
 
-def test_a_base_of_another_model_is_refused(tmp_path, tiny, foretold, talks):
-    assert foretold("real", *tiny, *ONE)[0] == 0
-    base = next((tmp_path / "runs").iterdir()) / "real"
-    status, _, err = foretold("real", *tiny, *TUNE, f"finetune.data={talks}", "only=finetune", f"start={base}", "model.hidden=64")
+def test_a_base_of_another_model_is_refused(tiny, foretold, talks, pretrained):
+    words = [*tiny, *TUNE, f"finetune.data={talks}", "only=finetune", f"start={pretrained}"]
+    status, _, err = foretold("real", *words, "model.hidden=64")
     assert status == 2 and "is of another model" in err and "lora" not in err
-    status, out, err = foretold("real", *tiny, *TUNE, f"finetune.data={talks}", "only=finetune", f"start={base}", "finetune.method=full")
+    status, out, err = foretold("real", *words, "finetune.method=full")
     assert status == 0 and "finetune.final_loss" in out, err
 
 
