@@ -220,7 +220,10 @@ def _compose(overrides: Sequence[str]) -> Any:
 
 
 def _changed(overrides: Sequence[str]) -> Any:
-    """Plain values of a choice of groups with some of its keys changed: as Hydra composes them, which takes longest, but the groups once."""
+    """Plain values of a choice of groups with some of its keys changed, as Hydra makes them, but the groups are composed once: that takes
+    longest.
+
+    Raises ValueError for what only Hydra understands, and Hydra's and OmegaConf's own errors."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
     from omegaconf import OmegaConf

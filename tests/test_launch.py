@@ -78,10 +78,15 @@ def test_torchrun_starts_killed_ranks_again(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("count", "ranks", "args", "part"),
     [
-        pytest.param(1, 1, [], "torchrun started 1 ranks, the plan has 2; change --nnodes, --nproc-per-node or the plan", marks=pytest.mark.slow),
+        pytest.param(
+            1, 1, [], "torchrun started 1 ranks, the plan has 2; change --nnodes, --nproc-per-node or the plan", marks=pytest.mark.slow
+        ),
         (1, 2, ["cluster.nodes=2", "cluster.gpus_per_node=1"], "cluster.gpus_per_node=1; set cluster.nodes=1 cluster.gpus_per_node=2, or"),
         pytest.param(
-            2, 1, ["cluster.nodes=2", "cluster.gpus_per_node=1", "data.path=/nowhere"], "data.path=/nowhere does not exist",
+            2,
+            1,
+            ["cluster.nodes=2", "cluster.gpus_per_node=1", "data.path=/nowhere"],
+            "data.path=/nowhere does not exist",
             marks=pytest.mark.slow,
         ),
         (2, 1, ["cluster.nodes=2", "cluster.gpus_per_node=1", "train.learning_rate=1e38"], "training diverged; lower train.learning_rate"),
