@@ -79,7 +79,7 @@ def foretold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
 
 
 def forked(words: list[str], said: Path) -> BaseProcess:
-    """`foretold WORDS` in a session of its own that can be killed whole; a fork, for it has nothing to import. What it says is in `said`."""
+    """`foretold WORDS` in a session of its own that can be killed whole, a fork that has nothing to import; what it says is in `said`."""
 
     def child() -> None:
         os.setsid()
