@@ -244,6 +244,7 @@ def _look(plan: Plan, folder: Path, options: Mapping[str, str]) -> int:
 def _run(plan: Plan, folder: Path, only: Sequence[str], source: Path | None, traced: tuple[int, int] | None,
          mine: Place | None = None) -> dict[str, Any]:  # fmt: skip
     """The stages, in the order of a life."""
+    _foresee(plan, only)
     _announce(plan, folder, only)
     (folder / STOPPED).unlink(missing_ok=True)
     life = Life(plan, folder, _say, source, traced, mine)
@@ -260,6 +261,21 @@ def _run(plan: Plan, folder: Path, only: Sequence[str], source: Path | None, tra
     if "align" in only and plan.align.method != "none":
         life.align()
     return life.close()
+
+
+def _foresee(plan: Plan, only: Sequence[str]) -> None:
+    """Raises Refused now for what a stage would refuse only behind a long training."""
+    from real import chats, digits, pairs, prompts
+
+    tune, align = plan.finetune, plan.align
+    if "finetune" in only and tune.method != "none":
+        chats.Template(tune.template)
+        if tune.data != digits.NAME:
+            chats.file_of(tune)
+    if "align" in only and align.method != "none":
+        chats.Template(align.template, "align")
+        if align.data != digits.NAME:
+            (prompts if align.rollouts else pairs).file_of(align)
 
 
 def _say(text: str) -> None:

@@ -147,16 +147,24 @@ def config(tune: Finetune) -> dict[str, Any]:
     return {"version": VERSION, "template": Template(tune.template).text, "held_out": tune.held_out, "seq_len": tune.seq_len}
 
 
+def file_of(tune: Finetune) -> Path:
+    """The conversations of a plan.
+
+    Raises Refused where it names no such file.
+    """
+    if not tune.data:
+        raise Refused(f"finetune.method={tune.method} needs conversations; name a JSON Lines file with finetune.data=chats.jsonl")
+    if not Path(tune.data).is_file():
+        raise Refused(f"finetune.data={tune.data} is no file; name a JSON Lines file of conversations")
+    return Path(tune.data)
+
+
 def tasks(tune: Finetune, tokenizer: Path) -> Iterator[Task]:
     """One for every LINES lines.
 
     Raises Refused where there is no such file, or nothing in it.
     """
-    if not tune.data:
-        raise Refused(f"finetune.method={tune.method} needs conversations; name a JSON Lines file with finetune.data=chats.jsonl")
-    path = Path(tune.data)
-    if not path.is_file():
-        raise Refused(f"finetune.data={tune.data} is no file; name a JSON Lines file of conversations")
+    path = file_of(tune)
     digests = sha256(path), sha256(tokenizer)
     with path.open("rb") as file:
         lines = sum(bool(line.strip()) for line in file)

@@ -70,16 +70,24 @@ def config(align: Align) -> dict[str, Any]:
             "prompt_tokens": align.prompt_tokens, "new_tokens": align.new_tokens}  # fmt: skip
 
 
+def file_of(align: Align) -> Path:
+    """The preferences of a plan.
+
+    Raises Refused where it names no such file.
+    """
+    if not align.data:
+        raise Refused(f"align.method={align.method} needs preferences; name a JSON Lines file with align.data=pairs.jsonl")
+    if not Path(align.data).is_file():
+        raise Refused(f"align.data={align.data} is no file; name a JSON Lines file of prompt, chosen and rejected")
+    return Path(align.data)
+
+
 def tasks(align: Align, tokenizer: Path) -> Iterator[Task]:
     """One for every LINES lines.
 
     Raises Refused where there is no such file, or nothing in it.
     """
-    if not align.data:
-        raise Refused(f"align.method={align.method} needs preferences; name a JSON Lines file with align.data=pairs.jsonl")
-    path = Path(align.data)
-    if not path.is_file():
-        raise Refused(f"align.data={align.data} is no file; name a JSON Lines file of prompt, chosen and rejected")
+    path = file_of(align)
     with path.open("rb") as file:
         count = sum(bool(line.strip()) for line in file)
     if not count:

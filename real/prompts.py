@@ -38,11 +38,7 @@ def read(align: Align, tokenizer: Path) -> Splits:
 
     Raises Refused for a missing or empty file, for a malformed line, and when no prompt is left to train on.
     """
-    if not align.data:
-        raise Refused(f"align.method={align.method} needs prompts; name a JSON Lines file of questions and answers with align.data=FILE")
-    path = Path(align.data)
-    if not path.is_file():
-        raise Refused(f"align.data={align.data} is no file; name a JSON Lines file of questions and answers")
+    path = file_of(align)
     coder, shape = Coder(str(tokenizer)), Template(align.template, "align")
     train, held_out, left_out, seen = Prompts(), Prompts(), 0, 0
     for number, line in lines(str(path), 0, 2**63):
@@ -66,6 +62,18 @@ def read(align: Align, tokenizer: Path) -> Splits:
         shares = f"{left_out} are longer than align.prompt_tokens={align.prompt_tokens}, {len(held_out)} are held out"
         raise Refused(f"align.data={path} leaves no prompt to train on: {shares}; raise align.prompt_tokens, or lower align.held_out")
     return Splits(train, held_out, left_out)
+
+
+def file_of(align: Align) -> Path:
+    """The prompts of a plan.
+
+    Raises Refused where it names no such file.
+    """
+    if not align.data:
+        raise Refused(f"align.method={align.method} needs prompts; name a JSON Lines file of questions and answers with align.data=FILE")
+    if not Path(align.data).is_file():
+        raise Refused(f"align.data={align.data} is no file; name a JSON Lines file of questions and answers")
+    return Path(align.data)
 
 
 def question(line: str) -> tuple[Messages, str]:

@@ -24,8 +24,8 @@ class Pace:
     error: float = 0.0  # standard deviation of the logarithm of step_time: how far off predictions of such steps have been
     fullness: float = 1.0  # mean batch over the full one: less than 1 where the batch warms up
     arithmetic: float = 1.0  # share of compute in matrix products and attention
-    again: float = 1.0  # time of a step that is done again over that of a new one
     stalled: float = 0.0  # share of compute in waiting for the host; the rest moves tensors
+    again: float = 1.0  # time of a step that is done again over that of a new one
 
     @property
     def stride(self) -> float:

@@ -3,6 +3,7 @@
 import multiprocessing as mp
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -83,6 +84,7 @@ def forked(words: list[str], said: Path) -> BaseProcess:
 
     def child() -> None:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which pytest's workers ignore
         with said.open("w") as sys.stdout:
             sys.stderr = sys.stdout
             os.dup2(sys.stdout.fileno(), 1)
