@@ -104,11 +104,11 @@ def rank_seconds(pair: Pair, side: Side | None) -> float | None:
 
 
 def unaccounted(pair: Pair) -> list[str]:
-    """What must be said of a side whose states do not add up to its clock."""
+    """What must be said of a side whose states do not add up to its clock; a run of stages with records of their own has none."""
     said = []
     for how, side in (("predicted", pair.sim), ("measured", pair.real)):
         whole, states_sum = rank_seconds(pair, side), sum(side.states.values()) if side else 0.0
-        if whole and abs(missing := 1 - states_sum / whole) > _TOLERANCE:
+        if whole and states_sum and abs(missing := 1 - states_sum / whole) > _TOLERANCE:
             said.append(f"{abs(missing):.1%} of the {how} time is {'in no state' if missing > 0 else 'counted twice'}.")
     return said
 
