@@ -15,6 +15,7 @@ import torch
 
 from conf.record import read, read_summary
 from tests import toy, worlds
+from tests.conftest import forked
 
 RUN = ["only=align", "align.updates=2", "align.micro_batch=8", "align.group=4", "align.prompts=8", "align.slots=16"]
 DIGITS = [(a, b) for a in range(10) for b in range(10) if a != b]
@@ -311,9 +312,7 @@ def test_a_kill_takes_no_accepted_sample_along(base, questions, tmp_path, victim
     """A rank is killed between checkpoints: the run goes on to its end, and what was accepted is not made again."""
     words = [*toy.TASK, *RUN, "align=grpo", "align.steps=30", "align.placement=async", "align.staleness=2", f"start={base}",
              f"align.data={questions}", "cluster.gpus_per_node=2", "checkpoint.every=5", f"runs={tmp_path}/runs"]  # fmt: skip
-    code = "import sys; from conf.program import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", code, "real", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               cwd=Path(__file__).parents[1])  # fmt: skip
+    process = forked(["real", *words], tmp_path / "said")
     try:
         _after(tmp_path, 8)
         ranks = sorted(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
@@ -321,10 +320,11 @@ def test_a_kill_takes_no_accepted_sample_along(base, questions, tmp_path, victim
         journal = next(tmp_path.glob("runs/*/real/align/samples-*.jsonl"))
         os.kill(ranks[0 if victim == "learner" else 1], signal.SIGKILL)
         before = _accepted(journal)
-        out, _ = process.communicate(timeout=240)
+        process.join(240)
     finally:
         process.kill()
-    assert process.returncode == 0, out
+    out = (tmp_path / "said").read_text()
+    assert process.exitcode == 0, out
     assert "failed after step" in out and "are used again" in out, out
     told = read_summary(journal.parent)["quantities"]
     assert told["align.interruptions"]["value"] == 1 and 0 < told["align.goodput"]["value"] < 1
