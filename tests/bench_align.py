@@ -18,7 +18,7 @@ PLACEMENTS = {
 }
 PARTS = ("generate", "score", "logprob", "train", "sync", "queue", "idle")
 PLAN = ["experiment=laptop_grpo", "align.steps=20", "train.evaluate_sequences=0"]
-BASE = ["align=none", "train.steps=20", "finetune.steps=60", "data.limit=3 MB"]
+BASE = ["align=none", "train.steps=20", "train.warmup=2", "finetune.steps=60", "data.limit=3 MB"]
 
 
 def placements() -> None:
