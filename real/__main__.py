@@ -265,17 +265,17 @@ def _run(plan: Plan, folder: Path, only: Sequence[str], source: Path | None, tra
 
 def _foresee(plan: Plan, only: Sequence[str]) -> None:
     """Raises Refused now for what a stage would refuse only behind a long training."""
-    from real import chats, digits, pairs, prompts
+    from real import chats, digits, jsonl, pairs, prompts
 
     tune, align = plan.finetune, plan.align
     if "finetune" in only and tune.method != "none":
         chats.Template(tune.template)
         if tune.data != digits.NAME:
-            chats.file_of(tune)
+            jsonl.named(tune, chats.HOLDS)
     if "align" in only and align.method != "none":
         chats.Template(align.template, "align")
         if align.data != digits.NAME:
-            (prompts if align.rollouts else pairs).file_of(align)
+            jsonl.named(align, (prompts if align.rollouts else pairs).HOLDS)
 
 
 def _say(text: str) -> None:

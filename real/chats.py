@@ -4,22 +4,21 @@ Only what the assistant says counts, its end included: a template renders the me
 answer, then with the answer, and what the second has beyond the first is learned. Pieces are tokenised apart: no token lies across an edge.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from conf.corpus import LINES
 from conf.errors import Refused
 from conf.plan import Finetune
 from real.bpe import END
+from real.jsonl import held, lines, named, parts, row_of
 from real.shards import write_shard
 from real.stage import Task, sha256
 
 VERSION = 1
+HOLDS = "messages, or prompt and completion, or question and answer"
 ENDS = (END, "<|end_of_text|>", "<|eot_id|>", "</s>", "<|im_end|>")  # tokens that end a text, by the tokenizers that have them
 TEMPLATES = {
     "plain": "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}"
@@ -103,20 +102,6 @@ def conversation(line: str) -> Messages:
     return list(messages)
 
 
-def row_of(line: str) -> dict[str, Any]:
-    """The object of a line.
-
-    Raises ValueError when it is none.
-    """
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"it is no JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError("it is no object")
-    return row
-
-
 def spoken(messages: Any) -> Messages:
     """Messages that each have a role and a content.
 
@@ -147,31 +132,15 @@ def config(tune: Finetune) -> dict[str, Any]:
     return {"version": VERSION, "template": Template(tune.template).text, "held_out": tune.held_out, "seq_len": tune.seq_len}
 
 
-def file_of(tune: Finetune) -> Path:
-    """The conversations of a plan.
-
-    Raises Refused where it names no such file.
-    """
-    if not tune.data:
-        raise Refused(f"finetune.method={tune.method} needs conversations; name a JSON Lines file with finetune.data=chats.jsonl")
-    if not Path(tune.data).is_file():
-        raise Refused(f"finetune.data={tune.data} is no file; name a JSON Lines file of conversations")
-    return Path(tune.data)
-
-
 def tasks(tune: Finetune, tokenizer: Path) -> Iterator[Task]:
     """One for every LINES lines.
 
     Raises Refused where there is no such file, or nothing in it.
     """
-    path = file_of(tune)
+    path = named(tune, HOLDS)
     digests = sha256(path), sha256(tokenizer)
-    with path.open("rb") as file:
-        lines = sum(bool(line.strip()) for line in file)
-    if not lines:
-        raise Refused(f"finetune.data={path} is empty; a line holds messages, or prompt and completion, or question and answer")
-    for first in range(0, lines, LINES):
-        arguments = (str(path), first, min(first + LINES, lines), str(tokenizer), tune.template, tune.held_out, tune.seq_len)
+    for first, stop in parts(path, HOLDS):
+        arguments = (str(path), first, stop, str(tokenizer), tune.template, tune.held_out, tune.seq_len)
         yield Task(f"{first:09}", encode, arguments, (*digests, str(first)))
 
 
@@ -202,23 +171,6 @@ def encode(folder: Path, name: str, path: str, first: int, stop: int, tokenizer:
         write_shard(folder / f"{split}-{name}", [ids for ids, _ in rows])
         np.concatenate([learned for _, learned in rows] or [np.zeros(0, bool)]).astype(np.uint8).tofile(folder / f"{split}-{name}.learned")
     return told
-
-
-def held(asked: str, share: float) -> bool:
-    """Whether a prompt is one of the share that is kept for evaluation; the same prompt always is, or never."""
-    return int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=4).digest(), "big") < share * 2**32
-
-
-def lines(path: str, first: int, stop: int) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, from the `first` of them on, each with its number in the file."""
-    seen = 0
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            if first <= seen < stop:
-                yield number, line
-            seen += 1
 
 
 class Coder:

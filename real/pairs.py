@@ -12,11 +12,13 @@ import numpy as np
 
 from conf.alignment import Align
 from conf.errors import Refused
-from real.chats import LINES, Coder, Messages, Piece, Template, held, lines, row_of, spoken
+from real.chats import Coder, Messages, Piece, Template, spoken
+from real.jsonl import held, lines, named, parts, row_of
 from real.shards import read_index, write_shard
 from real.stage import Manifest, Task, sha256
 
 VERSION = 1
+HOLDS = "prompt, chosen and rejected"
 SPLITS = ("train", "held_out")
 ASKED = np.dtype([("question", "<i8"), ("longer", "?")])  # of a pair: its question's number, and whether the chosen text is the longer one
 
@@ -70,32 +72,16 @@ def config(align: Align) -> dict[str, Any]:
             "prompt_tokens": align.prompt_tokens, "new_tokens": align.new_tokens}  # fmt: skip
 
 
-def file_of(align: Align) -> Path:
-    """The preferences of a plan.
-
-    Raises Refused where it names no such file.
-    """
-    if not align.data:
-        raise Refused(f"align.method={align.method} needs preferences; name a JSON Lines file with align.data=pairs.jsonl")
-    if not Path(align.data).is_file():
-        raise Refused(f"align.data={align.data} is no file; name a JSON Lines file of prompt, chosen and rejected")
-    return Path(align.data)
-
-
 def tasks(align: Align, tokenizer: Path) -> Iterator[Task]:
     """One for every LINES lines.
 
     Raises Refused where there is no such file, or nothing in it.
     """
-    path = file_of(align)
-    with path.open("rb") as file:
-        count = sum(bool(line.strip()) for line in file)
-    if not count:
-        raise Refused(f"align.data={path} is empty; a line holds prompt, chosen and rejected")
+    path = named(align, HOLDS)
     digests = sha256(path), sha256(tokenizer)
     limits = align.held_out, align.prompt_tokens, align.new_tokens
-    for first in range(0, count, LINES):
-        arguments = (str(path), first, min(first + LINES, count), str(tokenizer), align.template, *limits)
+    for first, stop in parts(path, HOLDS):
+        arguments = (str(path), first, stop, str(tokenizer), align.template, *limits)
         yield Task(f"{first:09}", encode, arguments, (*digests, str(first)))
 
 

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from conf.alignment import Align
 from conf.errors import Refused
-from real.chats import Coder, Messages, Template, held, lines, row_of, spoken
+from real.chats import Coder, Messages, Template, spoken
+from real.jsonl import held, lines, named, row_of
 
+HOLDS = "question and answer, prompt and completion, or messages and answer"
 ASKED, ANSWERED = ("question", "prompt"), ("answer", "completion")
 
 
@@ -38,10 +40,10 @@ def read(align: Align, tokenizer: Path) -> Splits:
 
     Raises Refused for a missing or empty file, for a malformed line, and when no prompt is left to train on.
     """
-    path = file_of(align)
+    path = named(align, HOLDS)
     coder, shape = Coder(str(tokenizer)), Template(align.template, "align")
     train, held_out, left_out, seen = Prompts(), Prompts(), 0, 0
-    for number, line in lines(str(path), 0, 2**63):
+    for number, line in lines(str(path)):
         seen = number
         try:
             messages, answer = question(line)
@@ -57,23 +59,11 @@ def read(align: Align, tokenizer: Path) -> Splits:
         split.texts.append(text)
         split.answers.append(answer)
     if not seen:
-        raise Refused(f"align.data={path} is empty; a line holds question and answer, prompt and completion, or messages and answer")
+        raise Refused(f"{path} is empty; a line holds {HOLDS}")
     if not train.ids:
         shares = f"{left_out} are longer than align.prompt_tokens={align.prompt_tokens}, {len(held_out)} are held out"
         raise Refused(f"align.data={path} leaves no prompt to train on: {shares}; raise align.prompt_tokens, or lower align.held_out")
     return Splits(train, held_out, left_out)
-
-
-def file_of(align: Align) -> Path:
-    """The prompts of a plan.
-
-    Raises Refused where it names no such file.
-    """
-    if not align.data:
-        raise Refused(f"align.method={align.method} needs prompts; name a JSON Lines file of questions and answers with align.data=FILE")
-    if not Path(align.data).is_file():
-        raise Refused(f"align.data={align.data} is no file; name a JSON Lines file of questions and answers")
-    return Path(align.data)
 
 
 def question(line: str) -> tuple[Messages, str]:

@@ -297,7 +297,7 @@ def test_mistakes_are_one_line(foretold, base, questions, pairs, tmp_path):
     bad.write_text("")
     assert "is empty" in refused("align=dpo", start, f"align.data={bad}")
     assert "holds no pre-trained model" in refused("align=dpo", f"align.data={pairs}")
-    assert "needs preferences" in refused("align=dpo", start)
+    assert "a line holds prompt, chosen and rejected" in refused("align=dpo", start)
     assert "leaves a role none of 1 ranks" in refused("align=grpo", start, f"align.data={questions}", "align.placement=async")
     assert "is no file" in refused("align=grpo", start, f"align.data={questions}", "align.template=nowhere.jinja")
     assert "align.reward=nobody is no reward" in refused("align=grpo", start, f"align.data={questions}", "align.reward=nobody")

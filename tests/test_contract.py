@@ -17,7 +17,7 @@ ALONE = {
             "room", "storm", "elastic", "pace", "lives", "sensitivity", "feed", "clocks", "grid", "load", "money"},
     "real": {
         "adapters", "archive", "attention", "bigram", "bpe", "buddy", "chats", "contamination", "data", "dry", "engine", "filters", "fp8",
-        "frontier", "nf4", "objectives", "digits", "generator", "learner", "pairs", "policy", "preferences", "samples",
+        "frontier", "jsonl", "nf4", "objectives", "digits", "generator", "learner", "pairs", "policy", "preferences", "samples",
         "scoring", "guard", "heartbeat", "huggingface", "initial", "integrity", "language", "layers", "lineage", "loss", "maintext",
         "measure", "minhash", "model", "moe", "muon", "nvml", "optim", "packing", "pages", "pipeline", "place", "private", "profile",
         "progress", "prompts", "remote", "resume", "rewards", "server", "shards", "slurm", "stability", "stage", "storage",

@@ -166,7 +166,7 @@ def test_windows_hold_whole_conversations_and_their_masks(tmp_path, tiny, foreto
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (["finetune.data=/nowhere.jsonl"], "is no file; name a JSON Lines file"),
+    (["finetune.data=/nowhere.jsonl"], "is no file; name JSON Lines, a line holds messages"),
     (["finetune.template=chatm"], "finetune.template=chatm is no file"),
     (["finetune.targets=[q_prj]"], "targets=[q_prj] names q_prj, which is no matrix of a block here; did you mean q_proj"),
     (["finetune.method=lor"], "finetune.method=lor is not known; did you mean lora"),

@@ -103,7 +103,7 @@ def test_a_malformed_line_says_where_and_what(tokenizer, tmp_path, line, words):
 
 def test_what_gives_no_prompts_is_one_line(tokenizer, tmp_path):
     wrong = {
-        "needs prompts": align(tmp_path).but(data=None), "is no file": align(tmp_path / "none.jsonl"),
+        "align.method=grpo needs a file": align(tmp_path).but(data=None), "is no file": align(tmp_path / "none.jsonl"),
         "is empty": align(write(tmp_path / "empty.jsonl", "", " ")),
         "align.template=odd is no file": align(write(tmp_path / "a.jsonl", ROWS[0]), template="odd"),
         "leaves no prompt to train on: 1 are longer than align.prompt_tokens=2": align(tmp_path / "a.jsonl", prompt_tokens=2),
