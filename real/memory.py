@@ -4,7 +4,7 @@ that have shapes and no numbers."""
 import resource
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,30 +83,25 @@ class Tracker(MemTracker):
         return sum(int(held["Total"]) for device, held in found.items() if device.type != "meta")
 
     def __enter__(self) -> "Tracker":
-        self._lock = ShardingPropagator._fake_mode_lock  # DTensor takes it around what it makes up
-        ShardingPropagator._fake_mode_lock = Uncounted(self)
+        self._told = told = ShardingPropagator._propagate_tensor_meta_non_cached  # where DTensor makes them up
+
+        def untracked(*args: Any) -> Any:
+            self.aside = True
+            try:
+                return told(*args)
+            finally:
+                self.aside = False
+
+        ShardingPropagator._propagate_tensor_meta_non_cached = untracked  # type: ignore[method-assign]
         super().__enter__()
         return self
 
     def __exit__(self, *args: Any) -> None:
         super().__exit__(*args)
-        ShardingPropagator._fake_mode_lock = self._lock
+        ShardingPropagator._propagate_tensor_meta_non_cached = self._told  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {})) if self.aside else super().__torch_dispatch__(func, types, args, kwargs)
-
-
-class Uncounted(AbstractContextManager[None]):
-    """While this is entered a tracker looks aside."""
-
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
-
-    def __enter__(self) -> None:
-        self.tracker.aside = True
-
-    def __exit__(self, *_: Any) -> None:
-        self.tracker.aside = False
 
 
 class Ones(TorchDispatchMode):
