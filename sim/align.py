@@ -316,7 +316,7 @@ _told_of: dict[str, dict[str, float]] = {}
 def _struck(plan: Plan, told: Mapping[str, float], seed: int | None) -> dict[str, float]:
     """The stage in a life with faults: its length with what checkpoints and falls take, when its devices stand."""
     step, quiet = told["step_time"], told["seconds"]
-    waited = told.get("queue_time", 0.0) * plan.ranks / len(plan.roles.trainers) if plan.align.apart else 0.0
+    waited = told["queue_time"] * plan.ranks / len(plan.roles.trainers) if plan.align.apart else 0.0
     ran = run(plan, step, 1 - waited / step, seed)
     filling = quiet - rates(plan).init - plan.align.steps * step  # by which the first batches take longer than later ones
     seconds = ran.wall + filling
@@ -380,7 +380,7 @@ def _common(plan: Plan, told: Parts, held: Held, step: float, tokens: float, spe
         "step_time": step,
         "tokens_per_s": tokens / step,
         "tokens_per_s_per_gpu": tokens / step / plan.ranks,
-        **{f"{name}_time": part / plan.ranks for name, part in groups.items() if part},
+        **{f"{name}_time": part / plan.ranks for name, part in groups.items()},
         "trainer_memory": held.trainer,
         "scorer_memory": held.scorer,
         "peak_memory": max(held.trainer, held.generator, held.scorer),
