@@ -208,6 +208,7 @@ def losses(home):
     return {row["step"]: row["value"] for row in rows if row["quantity"] == "loss"}
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path, tiny, talks, foretold):
     """SIGKILL of all processes within the fine-tuning; the same command goes on, base and adapters as they were."""
     words = [*tiny, *ONE, *TUNE, f"finetune.data={talks}", "checkpoint.every=2", "finetune.steps=12", "runs=killed"]

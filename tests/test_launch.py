@@ -52,7 +52,8 @@ def said(told: list[tuple[int, str]]) -> list[str]:
     return [line for _, text in told for line in text.splitlines() if line.startswith("foretold real: ")]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_two_servers_give_the_same_losses_as_one(tiny, tmp_path, ranks):
     """Both with all ranks, to the last bit; one record, without a false interruption."""
     two = agents(2, ranks, f"runs={tmp_path / 'two'}", "cluster.nodes=2", f"cluster.gpus_per_node={ranks}", *tiny)
@@ -89,7 +90,13 @@ def test_torchrun_starts_killed_ranks_again(tiny, tmp_path):
             "data.path=/nowhere does not exist",
             marks=pytest.mark.slow,
         ),
-        (2, 1, ["cluster.nodes=2", "cluster.gpus_per_node=1", "train.learning_rate=1e38"], "training diverged; lower train.learning_rate"),
+        pytest.param(
+            2,
+            1,
+            ["cluster.nodes=2", "cluster.gpus_per_node=1", "train.learning_rate=1e38"],
+            "training diverged; lower train.learning_rate",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_all_ranks_refuse_with_one_line(tiny, tmp_path, count, ranks, args, part):

@@ -182,6 +182,7 @@ def test_errors_on_published_tables(name, most, foretold):
         assert told["by_kind"]["dense"]["mean_abs_pct"] < 6.5 and told["by_kind"]["moe"]["mean_abs_pct"] < 10.5
 
 
+@pytest.mark.slow
 @TABLED
 def test_a_fit_leaves_every_source_out_in_turn(tmp_path, foretold):
     frame = pd.read_csv(TABLES / "step_time.csv")

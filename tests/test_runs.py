@@ -82,6 +82,7 @@ def test_the_exported_model_writes_text(corpus, tmp_path):
     assert losses(runs[1], "held_out_loss")[1] == pytest.approx(losses(runs[0], "held_out_loss")[20], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_says_what_a_run_holds_and_sends(tmp_path):
     words = [
         "experiment=llama3_8b",

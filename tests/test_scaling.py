@@ -220,6 +220,7 @@ def test_farseers_largest_runs_are_foretold_by_a_form_that_the_smaller_ones_choo
     assert np.abs(found.loss(test.params, test.tokens) / test.loss - 1).mean() <= 0.006 and errors["chinchilla"] > 0.02
 
 
+@pytest.mark.slow
 @needs_shared
 def test_olmos_seven_billion_from_three():
     frame = pd.read_csv(DATA / "olmo_ladder_final.csv").assign(loss=lambda f: f["c4_loss"])

@@ -31,7 +31,7 @@ def placed(plan, mesh):
     )
 
 
-@pytest.mark.parametrize("said", [SMALL, MIXED], ids=["dense", "mixed"])
+@pytest.mark.parametrize("said", [SMALL, pytest.param(MIXED, marks=pytest.mark.slow)], ids=["dense", "mixed"])
 def test_legal_is_what_the_rules_of_a_plan_call_legal(said, monkeypatch):
     monkeypatch.setattr(module, "NEAR", 1e9)
     plan = load(said)

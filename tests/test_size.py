@@ -57,12 +57,14 @@ def test_two_million_dollars(told, tmp_path):
     assert main(["sim", "plan=size.yaml", "json=true", "runs=out"]) == 0
 
 
+@pytest.mark.slow
 def test_more_time_is_a_lower_loss_at_a_rising_price(told):
     frontier = told("deadline=20 d")["frontier"]
     losses, prices = ([point[name] for point in frontier] for name in ("loss", "cost_per_percent"))
     assert losses == sorted(losses, reverse=True) and prices == sorted(prices)
 
 
+@pytest.mark.slow
 def test_a_loss_is_reached_at_least_cost_and_use_makes_models_smaller(told):
     cheap = told("target_loss=1.95", "deadline=90 d")["best"]
     assert cheap["loss"] == pytest.approx(1.95)

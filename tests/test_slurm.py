@@ -145,6 +145,7 @@ def test_slurm_refuses(foretold, tmp_path, slurm):
     assert status == 2 and "sbatch refused the script: sbatch: error: invalid account; edit " in err
 
 
+@pytest.mark.slow
 def test_the_script_trains(tiny, tmp_path, monkeypatch, capfd, slurm):
     """Two torchrun agents with one rank each, through the generated script.
 
