@@ -21,6 +21,7 @@ OPTIONS = {
 STAGES = ("run", "crawl", "extract", "dedup", "tokens", "pretrain", "finetune", "align", "kernels", "network")
 _TOLERANCE = 0.005  # of the sum of the states
 _STEP = "pretrain.step_time"
+_STEPS = {_STEP: "A step", "finetune.step_time": "A step of fine-tuning", "align.step_time": "A step of alignment"}
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,21 @@ def stragglers(pair: Pair) -> list[str]:
 
 
 def verdict(pair: Pair) -> str:
-    """Whether a step took as long as foretold, in one sentence."""
-    row = next((row for row in quantities(pair) if row.name == _STEP), Row(_STEP, "s", None, None, None, None))
-    if row.measured is None:
-        return "No step has been measured: run foretold real." if row.predicted is None else _unmeasured(row)
+    """Whether steps took as long as foretold, a sentence for each stage that was measured."""
+    rows = {row.name: row for row in quantities(pair) if row.name in _STEPS}
+    said = [_took(_STEPS[name], row) for name, row in rows.items() if row.measured is not None]
+    if said:
+        return " ".join(said)
+    foretold = rows[_STEP].predicted if _STEP in rows else None
+    if foretold is None:
+        return "No step has been measured: run foretold real."
+    return f"A step is predicted to take {show(foretold, 's')}; nothing was measured: run foretold real."
+
+
+def _took(name: str, row: Row) -> str:
     if row.ratio is None:
-        return f"A step took {show(row.measured, 's')}; nothing was predicted: run foretold sim."
-    return f"A step took {show(row.measured, 's')}, where {show(row.predicted, 's')} was predicted: {_how_far(row.ratio)}{_inside(row)}."
+        return f"{name} took {show(row.measured, 's')}; nothing was predicted: run foretold sim."
+    return f"{name} took {show(row.measured, 's')}, where {show(row.predicted, 's')} was predicted: {_how_far(row.ratio)}{_inside(row)}."
 
 
 def _how_far(ratio: float) -> str:
@@ -146,10 +155,6 @@ def _how_far(ratio: float) -> str:
         return f"{ratio:.1f} times as long as predicted"
     error = ratio - 1
     return "as predicted" if abs(error) < 0.005 else f"{abs(error):.1%} {'longer' if error > 0 else 'shorter'} than predicted"
-
-
-def _unmeasured(row: Row) -> str:
-    return f"A step is predicted to take {show(row.predicted, 's')}; nothing was measured: run foretold real."
 
 
 def _inside(row: Row) -> str:

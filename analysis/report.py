@@ -1,6 +1,7 @@
 """The report: one page on one plan, to show to those who pay for it, with every assumption and where it comes from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ OPTIONS = {
 _CARDS = {
     "pretrain.step_time": "Step", "pretrain.tokens_per_s": "Throughput", "pretrain.mfu": "Model FLOPs utilisation",
     "pretrain.peak_memory": "Peak memory of a device", "run.wall_clock": "Wall clock", "run.goodput": "Goodput",
-    "run.interruptions": "Interruptions", "pretrain.final_loss": "Final loss", "run.gpu_hours": "Device-hours", "run.energy": "Energy",
+    "run.interruptions": "Interruptions", "pretrain.final_loss": "Final loss", "finetune.step_time": "Step of fine-tuning",
+    "align.step_time": "Step of alignment", "align.tokens_per_s": "Throughput of alignment", "align.held_out_reward": "Held-out reward",
+    "align.held_out_accuracy": "Held-out preference accuracy", "run.gpu_hours": "Device-hours", "run.energy": "Energy",
     "run.carbon_location": "Operational carbon", "run.cost": "Cost",
 }  # fmt: skip
 _SHORT = 22  # characters of a value that stay on one line
@@ -105,7 +108,6 @@ def _what_was_measured(pair: Pair) -> Iterator[str]:
     """Plain words on what rests on evidence and what does not."""
     rows = quantities(pair)
     both = sum(row.measured is not None and row.predicted is not None for row in rows)
-    only = [row.name for row in rows if row.measured is None]
     if pair.real is None:
         yield "Nothing on this page was measured: every number is a prediction."
         return
@@ -115,8 +117,15 @@ def _what_was_measured(pair: Pair) -> Iterator[str]:
         yield "Nothing was predicted: every number is a measurement."
         return
     yield f"{both} of {len(rows)} quantities were both predicted and measured; the ratio is of the measured to the predicted."
-    if only:
+    if only := list(_unmeasured(rows)):
         yield f"Only predicted, not measured: {', '.join(only)}."
+
+
+def _unmeasured(rows: Sequence[Row]) -> Iterator[str]:
+    """Quantities that are only predicted; a stage of which nothing was measured, by its name."""
+    for stage, found in groupby(rows, lambda row: row.name.partition(".")[0]):
+        missing = [(row.measured is None, row.name) for row in found]
+        yield from [f"all of {stage}"] if all(none for none, _ in missing) else [name for none, name in missing if none]
 
 
 def _data(pair: Pair) -> Iterator[Html]:

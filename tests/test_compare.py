@@ -149,6 +149,24 @@ def test_verdict_in_one_sentence(both: Path, plan: Plan) -> None:
     )
 
 
+def test_where_only_an_alignment_was_measured_that_is_told(runs: Path, plan: Plan) -> None:
+    folder = predict(runs, plan)
+    told: Mapping[str, float | Value] = {
+        "pretrain.step_time": 1.0,
+        "align.step_time": 0.5,
+        "align.energy": 3.0,
+        "align.held_out_reward": 0.9,
+    }
+    summarise(folder, plan.id, "sim", {name: value for name, value in told.items() if name != "align.held_out_reward"})
+    summarise(measure(runs, plan), plan.id, "real", {"align.step_time": 0.6, "align.held_out_reward": 0.9})
+    pair = open_pair(str(runs), "")
+    assert verdict(pair) == "A step of alignment took 600 ms, where 500 ms was predicted: 20.0% longer than predicted."
+    text = " ".join(checked(page(pair)).text)
+    assert (
+        "Only predicted, not measured: all of pretrain, align.energy." in text and "Step of alignment" in text and "Held-out reward" in text
+    )
+
+
 def test_compare_prints_tables_and_both_sums(both: Path, plan: Plan, foretold: Foretold) -> None:
     status, out, err = foretold("analysis", "compare", f"runs={both}")
     assert (status, err) == (0, "")
