@@ -290,11 +290,12 @@ def _announce(plan: Plan, folder: Path, only: Sequence[str]) -> None:
     """Every derived number before the first second is spent."""
     tune, align = plan.finetune, plan.align
     axes = " × ".join(f"{name} {size}" for name, size in plan.axes.items() if size > 1) or "one rank"
-    lines = [f"plan {plan.id}: {plan.model.name}, {parameters(plan.model):,} parameters, on {plan.ranks} × {plan.gpu.name} ({axes})"]
+    lines = [f"plan {plan.id}: {plan.model.name}, {round(parameters(plan.model)):,} parameters, on {plan.ranks} × {plan.gpu.name} ({axes})"]
     if "pretrain" in only:
         steps = f"{plan.train.steps:,} steps" if plan.train.steps else f"for {show(plan.train.stop_after, 's')}"
         batch = f"{plan.train.global_batch} sequences × {plan.train.seq_len} = {plan.tokens_per_step:,} tokens"
-        lines.append(f"{steps} of {batch}, {plan.accumulation} micro-batches of {plan.train.micro_batch} a rank")
+        many = "micro-batch" if plan.accumulation == 1 else "micro-batches"
+        lines.append(f"{steps} of {batch}, {plan.accumulation} {many} of {plan.train.micro_batch} a rank")
     if "finetune" in only and tune.method != "none":
         lines.append(f"fine-tuning ({tune.method}): {tune.steps:,} steps of {tune.global_batch} sequences × {tune.seq_len}")
     if "align" in only and align.method != "none":
