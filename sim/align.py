@@ -262,14 +262,14 @@ def live(plan: Plan, twin: Plan | None = None) -> Lived:
 
 
 def _beside(plan: Plan, twin: Plan) -> float:
-    """By how much training is slower because engines work on the same cores, where ranks are cores and there are too few: as if both
-    took turns, but no more than their number says."""
+    """By how much training is slower because engines work on the same cores, where ranks are cores and there are too few: while they
+    work everyone is slower by the ranks for a core, so what takes them a second alone gives training a second's work too."""
     most = crowd(plan, False) / float(columns([twin]).crowd)
     if plan.align.placement != "async" or most == 1:
         return 1.0
     alone = live(plan.but(**{"align.placement": "disaggregated"}), twin)
     trained = alone.parts.train + alone.parts.logprob + alone.parts.scored
-    return min(most, 1 + alone.busy / alone.generators / alone.steps / trained)
+    return min(most, 1 + (most - 1) * alone.busy / alone.generators / alone.steps / trained)
 
 
 def _states(plan: Plan, told: Parts, trainers: dict[str, float], busy: float, wall: float) -> dict[str, float]:

@@ -248,6 +248,16 @@ def test_ranks_that_share_cores_gain_nothing_by_working_at_once():
     assert live(roomy[1]).step_time < 0.8 * live(roomy[0]).step_time
 
 
+def test_training_is_slowed_only_while_engines_share_its_cores():
+    """Three ranks on two cores: while two generate each has two thirds of a core, which costs the trainer half of their time alone."""
+    words = ["align=grpo", "cluster.gpus_per_node=3", "cluster.cores_per_node=2", "train.global_batch=6", "align.prompts=32"]
+    apart, ahead = (live(load([*words, f"align.placement={placement}"])) for placement in ("disaggregated", "async"))
+    assert (len(ahead.plan.roles.trainers), ahead.generators) == (1, 2)
+    generated = apart.busy / apart.generators / apart.steps
+    assert ahead.parts.train == pytest.approx(apart.parts.train + 0.5 * generated, rel=1e-6)
+    assert ahead.step_time < apart.step_time - 0.4 * generated
+
+
 def test_more_staleness_never_costs_time():
     """Long tails and engines that are short of time: each step of staleness lets them be filled better, until training is the limit."""
     words = ("align.placement=async", "align.rollout_share=0.25", "align.sigma=1.0", "align.mean_tokens=1500")
